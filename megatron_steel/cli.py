@@ -1,0 +1,177 @@
+"""`megatron-steel VERB`: each verb parses its arguments and calls one room.
+
+Nothing heavy is imported before a verb runs, so that `--help` is instant. A verb's function is named after it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_steel import __version__, dist
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input)."""
+    parser = _parser()
+    arguments = vars(parser.parse_args(argv))
+    action: Callable[..., None] = arguments.pop("action")
+    dist.set_up_logging()
+    return dist.exit_code(lambda: action(**arguments))
+
+
+def pretrain(recipe: str, overrides: list[str], dry_run: bool) -> None:
+    from megatron_steel.pretrain import run
+
+    run(recipe, overrides, dry_run)
+
+
+def recipes(show: list[str]) -> None:
+    from megatron_steel import recipe
+
+    if not show:
+        for name in recipe.recipe_names():
+            print(f"{name:20} {_first_comment(recipe.recipe_path(name))}")
+        return
+    if show[0] != "show" or len(show) != 2:
+        raise _usage("megatron-steel recipes [show NAME]")
+    print(recipe.recipe_path(show[1]).read_text(encoding="utf-8"), end="")
+
+
+def tokenize(inputs: list[str], **settings: Any) -> None:
+    from megatron_steel.data.tokenize import tokenize
+
+    tokenize(inputs, **settings)
+
+
+def train_tokenizer(inputs: list[str], output: str, vocab_size: int) -> None:
+    from megatron_steel.data.train_tokenizer import train_tokenizer
+
+    train_tokenizer(inputs, output, vocab_size)
+
+
+def verify(prefixes: list[str]) -> None:
+    from megatron_steel.data.manifest import verify
+
+    for prefix in prefixes:
+        manifest = verify(prefix)
+        print(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+
+
+def inspect(target: str) -> None:
+    if (Path(target) / "checkpoints").is_dir():
+        from megatron_steel.checkpoint.commit import published, read_manifest
+
+        for path in published(Path(target) / "checkpoints"):
+            manifest = read_manifest(path).manifest
+            print(f"{path}: step {manifest['step']:,}, {manifest['tokens']:,} tokens, {manifest['world_size']} ranks")
+        return
+    from megatron_steel.data.manifest import describe
+
+    print(json.dumps(describe(target), indent=1, ensure_ascii=False))
+
+
+def merge(prefixes: list[str], output: str) -> None:
+    from megatron_steel.data.indexed import merge
+
+    manifest = merge(prefixes, output)
+    print(f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+
+
+def export(source: str, output: str, dtype: str, verify: bool) -> None:
+    from megatron_steel.convert.hf import export
+
+    export(source, output, dtype=dtype, verify=verify)
+
+
+def generate(model: str, prompt: str, max_new_tokens: int, greedy: bool, trust_code: bool) -> None:
+    from megatron_steel.post.generate import generate
+
+    print(generate(model, prompt, max_new_tokens, greedy=greedy, trust_code=trust_code))
+
+
+def evaluate(model: str, tasks: str, **settings: Any) -> None:
+    from megatron_steel.post.evaluate import evaluate
+
+    evaluate(model, tasks.split(","), **settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("megatron-steel", description="Pretrain small language models and ship them.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(action: Callable[..., None], help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(action.__name__.replace("_", "-"), help=help, description=help)
+        sub.set_defaults(action=action)
+        return sub
+
+    p = verb(pretrain, "train a recipe in one process (several ranks: deepspeed --module megatron_steel.pretrain)")
+    p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
+    p.add_argument("overrides", nargs="*", metavar="key.path=value")
+    p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+
+    p = verb(recipes, "list the shipped recipes, or show one")
+    p.add_argument("show", nargs="*", metavar="show NAME")
+
+    p = verb(tokenize, "jsonl, parquet or text to PREFIX.bin/.idx")
+    p.add_argument("inputs", nargs="+", metavar="INPUT")
+    p.add_argument("--tokenizer", required=True, metavar="DIR_OR_MODEL")
+    p.add_argument("--output", required=True, metavar="PREFIX")
+    p.add_argument("--text-key", default="text", help="the column or key that holds the text (default: text)")
+    p.add_argument("--workers", type=int, default=1)
+    p.add_argument("--validation-ratio", type=float, default=0.0,
+                   help="share of documents for PREFIX-validation, chosen by content (default: 0)")  # fmt: skip
+
+    p = verb(train_tokenizer, "train a sentencepiece BPE tokenizer and write it as a Hugging Face folder")
+    p.add_argument("inputs", nargs="+", metavar="INPUT")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--vocab-size", type=int, required=True)
+
+    p = verb(verify, "read a data set from end to end and compare it with its manifest")
+    p.add_argument("prefixes", nargs="+", metavar="PREFIX")
+
+    p = verb(inspect, "what a data set or a run folder is")
+    p.add_argument("target", metavar="PREFIX_OR_RUN")
+
+    p = verb(merge, "join data sets into one")
+    p.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    p.add_argument("--output", required=True, metavar="PREFIX")
+
+    p = verb(export, "write a checkpoint as a Hugging Face folder")
+    p.add_argument("source", metavar="RUN_OR_CHECKPOINT")
+    p.add_argument("output", metavar="OUT_DIR")
+    p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    p.add_argument("--verify", action="store_true", help="reload in a fresh process and compare logits")
+
+    p = verb(generate, "let an exported model write")
+    p.add_argument("model", metavar="HF_DIR")
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--greedy", action="store_true", help="always the likeliest token (default: sample)")
+    p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+
+    p = verb(evaluate, "score a model with lm-evaluation-harness (extra: eval)")
+    p.add_argument("model", metavar="HF_DIR")
+    p.add_argument("--tasks", required=True, help="comma-separated, for example ceval-valid")
+    p.add_argument("--data", metavar="DIR", help="a local C-Eval folder with dev/ and val/ CSV files")
+    p.add_argument("--json", metavar="FILE", help="write the scores here too")
+    p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+    return parser
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def _usage(text: str) -> Exception:
+    from megatron_steel.errors import SteelError
+
+    return SteelError("the command is not complete", "command line", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

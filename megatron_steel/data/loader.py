@@ -1,0 +1,113 @@
+"""Sample numbers to this rank's micro-batches, one step ahead of the training.
+
+1. A step is the next B unskipped sample numbers. They form B / (m * W) passes; in pass a, rank r of W takes the
+   m numbers from a * W * m + r * m. Ranks only cut the range, so the world size changes nothing.
+2. One background thread reads the next step while this one trains. `Loader.state` moves when a step is handed out:
+   saved after step k, it is the state after k steps, whatever was read ahead.
+
+A batch is a dict of CPU tensors, int64 [m, L]: `input_ids`; `labels`, already shifted (labels[:, t] is the token
+after input_ids[:, t]; -100 is ignored); `document_ids` where asked for. Knows no model, optimizer or device.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from megatron_steel.data.dataset import BlendedDataset
+from megatron_steel.data.order import OrderState, next_batch
+
+if TYPE_CHECKING:
+    import torch
+
+Batch: TypeAlias = "dict[str, torch.Tensor]"
+
+IGNORED = -100  # the label that cross-entropy leaves out
+
+
+class Loader:
+    """The steps of a run for one rank. A context manager: leaving it ends the thread.
+
+    Args:
+        dataset: samples to read.
+        state: where to go on; the same on every rank.
+        batch: B, samples per step over all ranks: a multiple of micro_batch * world (the recipe's check).
+        micro_batch: m, samples per rank and pass.
+        rank, world: this rank and how many there are.
+        document_mask: add `document_ids`.
+    """
+
+    def __init__(
+        self,
+        dataset: BlendedDataset,
+        state: OrderState,
+        batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        document_mask: bool = False,
+    ):
+        assert batch % (micro_batch * world) == 0, (batch, micro_batch, world)
+        self.state = state
+        self._dataset, self._document_mask, self._batch = dataset, document_mask, batch
+        self._passes = [
+            slice(a + rank * micro_batch, a + (rank + 1) * micro_batch) for a in range(0, batch, micro_batch * world)
+        ]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._read_ahead()
+
+    def step(self) -> list[Batch]:
+        """This rank's micro-batches of the next step. What went wrong while reading ahead is raised here."""
+        batches = self._ahead.result()
+        self.state = self._state_ahead
+        self._read_ahead()
+        return batches
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _read_ahead(self) -> None:
+        numbers, self._state_ahead = next_batch(self.state, self._batch)
+        self._ahead: Future[list[Batch]] = self._thread.submit(self._read, numbers)
+
+    def _read(self, numbers: np.ndarray) -> list[Batch]:
+        return [_micro_batch(self._dataset, numbers[cut].tolist(), self._document_mask) for cut in self._passes]
+
+
+def validation_batches(
+    dataset: BlendedDataset, samples: int, micro_batch: int, rank: int = 0, world: int = 1, document_mask: bool = False
+) -> Iterator[Batch]:
+    """This rank's share of samples 0 to `samples`, cut as a step is.
+
+    Every rank gets the same number of batches, all of `micro_batch` rows: under ZeRO-3 a rank that did fewer passes
+    would leave the others waiting. Where samples run out, rows whose labels are all -100 fill up, so a loss must be
+    summed and divided by the labels counted over all ranks. The caller bounds `samples` by the data's epoch.
+    """
+    for first in range(rank * micro_batch, samples + rank * micro_batch, micro_batch * world):
+        yield _micro_batch(dataset, range(first, min(first + micro_batch, samples)), document_mask, rows=micro_batch)
+
+
+def _micro_batch(dataset: BlendedDataset, numbers: Sequence[int], document_mask: bool, rows: int = 0) -> Batch:
+    """Samples as one batch, filled up to `rows` with rows that count nothing."""
+    import torch
+
+    length = dataset.order.segments[-1].sequence_length
+    ids = np.zeros((max(rows, len(numbers)), length), np.int64)
+    labels = np.full_like(ids, IGNORED)
+    for row, number in enumerate(numbers):
+        tokens = dataset.tokens(number)
+        ids[row], labels[row] = tokens[:-1], tokens[1:]
+    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    if document_mask:
+        documents = np.zeros_like(ids)
+        for row, number in enumerate(numbers):
+            documents[row] = dataset.document_ids(number)
+        batch["document_ids"] = torch.from_numpy(documents)
+    return batch

@@ -1,0 +1,245 @@
+"""Input files to rows: jsonl, json, parquet and text, each also as .gz or .zst (parquet compresses itself).
+
+A file is cut into units that workers read alone: byte ranges of a plain jsonl file, row groups of a parquet file,
+and the whole of anything else (a compressed file cannot be entered in the middle: many files feed many workers).
+Memory holds one row, one parquet batch or one text file at a time. Must not know tokenizers or the output.
+
+    .jsonl .json     one JSON object a line; a file that begins with `[` is one array of objects
+    .parquet         one row, one document; only the text column is read
+    .txt             the whole file is one document (at most 64 MB), line ends as they are
+"""
+
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_steel.errors import SteelError
+
+_MAX_TEXT_BYTES = 64 << 20
+_BOM = b"\xef\xbb\xbf"
+_GAP = re.compile(r"[ \t\r\n,]*")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of one input file: bytes [start, stop) of lines, row groups [start, stop), or all of it."""
+
+    path: str
+    kind: str
+    """lines, array, parquet or text"""
+    start: int
+    stop: int
+    size: int
+    """bytes of the file that it stands for, for progress and sampling"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Text and no problem; a problem and no text; or neither: an empty line, which counts for the numbers alone."""
+
+    number: int
+    """From 1 within the unit: line, element or row."""
+    text: str | None
+    problem: str = ""
+
+
+def units(path: str | os.PathLike[str], range_bytes: int) -> list[Unit]:
+    """Cut one file, in order. Raises SteelError: not there, unreadable, or of an unknown kind."""
+    path = Path(path)
+    if not path.is_file():
+        what = "the input is a folder" if path.is_dir() else "there is no such input file"
+        raise SteelError(what, path, "name the files, as in FOLDER/*.jsonl")
+    kind, size = _kind(path), path.stat().st_size
+    if kind == "parquet":
+        with _named(path):
+            groups = _parquet(path).metadata
+            return [
+                Unit(str(path), kind, i, i + 1, groups.row_group(i).total_byte_size)
+                for i in range(groups.num_row_groups)
+            ]
+    if kind == "lines" and path.suffix not in (".gz", ".zst"):
+        cuts = [*range(0, size, range_bytes), size]
+        return [Unit(str(path), kind, a, b, b - a) for a, b in itertools.pairwise(cuts)]
+    return [Unit(str(path), kind, 0, size, size)]
+
+
+def rows(unit: Unit, text_key: str) -> Iterator[Row]:
+    """Every row of a unit, malformed ones with their problem. Raises SteelError where the file itself is broken."""
+    read = {"lines": _lines, "array": _array, "parquet": _parquet_rows, "text": _text}[unit.kind]
+    with _named(Path(unit.path)):
+        yield from read(unit, text_key)
+
+
+def _kind(path: Path) -> str:
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    suffix = Path(name).suffix.lower()
+    if suffix == ".parquet" and name == path.name:
+        return "parquet"
+    if suffix == ".txt":
+        return "text"
+    if suffix not in (".jsonl", ".json"):
+        known = ".jsonl, .json, .txt (each also .gz or .zst) and .parquet"
+        raise SteelError(f"files that end in {path.suffix or 'nothing'} are not known", path, f"known are {known}")
+    with _named(path), _open(path) as file:
+        head = file.read(4096).removeprefix(_BOM).lstrip()
+    return "array" if head.startswith(b"[") else "lines"
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]
+    return io.BufferedReader(_Zstd(path), 1 << 20) if path.suffix == ".zst" else open(path, "rb")
+
+
+class _Zstd(io.RawIOBase):
+    """Frames of a .zst file, one after another; a cut file is an error (the library's own reader says nothing)."""
+
+    def __init__(self, path: Path):
+        import zstandard
+
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._file = open(path, "rb")  # noqa: SIM115  (closed with this object)
+        self._frame, self._ready, self._fed = self._new_frame(), b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._ready:
+            packed = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(1 << 17)
+            if self._frame.eof:
+                self._frame, self._fed = self._new_frame(), False
+            if not packed:
+                if self._fed:
+                    raise EOFError("the compressed file ended before its last frame did")
+                return 0
+            self._fed, self._ready = True, self._frame.decompress(packed)
+        count = min(len(target), len(self._ready))
+        target[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn what a broken file makes its library say into one error that names the file."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise SteelError(f"the file cannot be read: {error}", path, "fetch it again, or leave it out") from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("pyarrow", "zstandard"):
+            raise
+        raise SteelError(f"the file cannot be read: {error}", path, "fetch it again, or leave it out") from None
+
+
+def _lines(unit: Unit, text_key: str) -> Iterator[Row]:
+    """A line belongs to the range in which it begins."""
+    path = Path(unit.path)
+    plain = path.suffix not in (".gz", ".zst")
+    with _open(path) as file:
+        at = unit.start
+        if plain and unit.start:
+            file.seek(unit.start - 1)
+            at += len(file.readline()) - 1
+        for number, line in enumerate(file, 1):
+            if plain and at >= unit.stop:
+                return
+            at += len(line)
+            if number == 1 and unit.start == 0:
+                line = line.removeprefix(_BOM)
+            yield _row_of_line(number, line, text_key)
+
+
+def _row_of_line(number: int, line: bytes, text_key: str) -> Row:
+    if not line.strip():
+        return Row(number, None)
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Row(number, None, f"not JSON ({error})")
+    return _row(number, value, text_key)
+
+
+def _row(number: int, value: Any, text_key: str) -> Row:
+    if not isinstance(value, dict):
+        return Row(number, None, f"a JSON {type(value).__name__}, not an object")
+    if text_key not in value:
+        return Row(number, None, f"no key {text_key!r} (it has: {', '.join(map(str, list(value)[:8])) or 'none'})")
+    return _checked(number, value[text_key], text_key)
+
+
+def _checked(number: int, text: Any, text_key: str) -> Row:
+    if text is None:
+        return Row(number, "")  # an empty document, as the corpora mean it
+    if not isinstance(text, str):
+        return Row(number, None, f"{text_key!r} holds a {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Row(number, None, f"{text_key!r} holds half a character (a lone surrogate)")
+    return Row(number, text)
+
+
+def _array(unit: Unit, text_key: str) -> Iterator[Row]:
+    """Elements of one JSON array, without holding the array."""
+    decoder, number, size = json.JSONDecoder(), 0, 1 << 20
+    with _open(Path(unit.path)) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+        buffer = file.read(size).lstrip().removeprefix("[")
+        at = 0
+        while True:
+            at = _GAP.match(buffer, at).end()  # type: ignore[union-attr]
+            if buffer.startswith("]", at):
+                return
+            try:
+                value, end = decoder.raw_decode(buffer, at)
+                problem = "" if end < len(buffer) else "the array is not closed"  # a number at the end might go on
+            except ValueError as error:
+                problem = str(error)
+            if not problem:
+                number, at, size = number + 1, end, 1 << 20
+                yield _row(number, value, text_key)
+                continue
+            more = file.read(size)
+            if not more:
+                raise OSError(f"element {number + 1} of its JSON array: {problem}")
+            buffer, at, size = buffer[at:] + more, 0, size * 2
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path)
+
+
+def _parquet_rows(unit: Unit, text_key: str) -> Iterator[Row]:
+    file = _parquet(Path(unit.path))
+    names = file.schema_arrow.names
+    if text_key not in names:
+        raise SteelError(f"there is no column {text_key!r}", unit.path, f"--text-key: one of {', '.join(names)}")
+    number = 0
+    for batch in file.iter_batches(256, row_groups=list(range(unit.start, unit.stop)), columns=[text_key]):
+        for text in batch.column(0).to_pylist():
+            number += 1
+            yield _checked(number, text, text_key)
+
+
+def _text(unit: Unit, text_key: str) -> Iterator[Row]:
+    with _open(Path(unit.path)) as file:
+        data = file.read(_MAX_TEXT_BYTES + 1)
+    if len(data) > _MAX_TEXT_BYTES:
+        what = f"a text file is one document, and this one is larger than {_MAX_TEXT_BYTES >> 20} MB"
+        raise SteelError(what, unit.path, "cut it into documents: one JSON object a line in a .jsonl file")
+    yield Row(1, data.decode("utf-8-sig"))

@@ -1,0 +1,237 @@
+"""Input files to `.bin`/`.idx`, in parallel, restartable, the same bytes whatever the number of workers.
+
+1. Every input is cut into units (`data.readers`); a bundle of them becomes a part (`data.parts`) in `PREFIX.parts/`.
+2. Worker processes (`data.parallel`) take bundle after bundle; only a few numbers travel between processes, so memory is
+   one batch of documents a worker.
+3. The parts are joined in the order of the input, manifests are written, `PREFIX.parts/` goes. Until then the disk
+   holds the tokens twice.
+
+Rules: a document that has text gets the end-of-document id exactly once, after its last id. Empty documents (no
+character, or null) are counted and skipped, so that there is one sequence a document. Malformed rows are counted,
+skipped and named; too many fail the job. A killed job leaves `PREFIX.parts/` alone, and the same command on the same
+input uses the parts that were finished. Must not know the byte format.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_steel.data import manifest, parallel, parts, readers
+from megatron_steel.data.indexed import PathLike
+from megatron_steel.data.merge import concatenate
+from megatron_steel.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_steel.errors import SteelError
+
+log = logging.getLogger("megatron_steel")
+_LEAST_UNIT_BYTES, _MOST_UNITS = 4 << 20, 2048
+_HOPELESS_ROWS = 10
+_NAMED_PROBLEMS = 5
+_SECONDS_BETWEEN_LINES = 10.0
+_LAYOUT = 1  # of a parts folder and of what decides its bytes; another number makes leftovers useless
+
+
+def tokenize(
+    inputs: Sequence[PathLike],
+    tokenizer_path: PathLike,
+    output_prefix: PathLike,
+    text_key: str = "text",
+    workers: int | None = None,
+    validation_ratio: float = 0.0,
+    max_malformed_ratio: float = 0.001,
+) -> manifest.Manifest:
+    """Tokenize files into `output_prefix` and return its manifest. A data set of that name is replaced at the end.
+
+    Args:
+        inputs: .jsonl, .json, .txt (each also .gz, .zst) and .parquet files; documents keep their order.
+        tokenizer_path: a Hugging Face folder or a sentencepiece .model.
+        text_key: the key, or parquet column, of the text.
+        workers: processes; by default one for each CPU that this process may use.
+        validation_ratio: about this share of the documents goes to `output_prefix + "-validation"`. A hash of the
+            text decides and nothing else does, so equal texts lie on one side.
+        max_malformed_ratio: fail when more than this share of all rows is malformed; at once when a unit holds ten
+            malformed rows or more and no other.
+
+    Raises:
+        SteelError: bad argument, input or tokenizer; too many malformed rows; no text. The output is untouched then.
+    """
+    if not inputs:
+        raise SteelError("there is no input", output_prefix, "name at least one file")
+    if not 0 <= validation_ratio < 1:
+        raise SteelError(f"a validation ratio of {validation_ratio} is not in [0, 1)", output_prefix, "0.01 is usual")
+    tokenizer = load_tokenizer(tokenizer_path)
+    bundles = _bundles(inputs)
+    units = [unit for bundle in bundles for unit in bundle]
+    job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio)
+    try:
+        _open_folder(job, units, tokenizer)
+        made = _make_parts(job, bundles, workers or _cpus(), tokenizer, tokenizer_path, max_malformed_ratio)
+        result = _publish(job, units, made, tokenizer, output_prefix)
+    except SteelError:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        raise
+    except OSError as error:  # a full disk, say: the finished parts stay for the next try
+        raise SteelError(f"cannot write: {error.strerror or error}", job.folder, "mend it and repeat") from None
+    shutil.rmtree(job.folder)
+    return result
+
+
+def _bundles(inputs: Sequence[PathLike]) -> list[list[readers.Unit]]:
+    """Units in order; small ones share a bundle, so that a thousand small files are not a thousand parts."""
+    total = sum(os.path.getsize(path) for path in inputs if os.path.isfile(path))
+    wanted = max(_LEAST_UNIT_BYTES, total // _MOST_UNITS)
+    bundles: list[list[readers.Unit]] = []
+    room = 0
+    for unit in (unit for path in inputs for unit in readers.units(path, wanted)):
+        if not bundles or unit.size > room:
+            bundles.append([])
+            room = wanted
+        bundles[-1].append(unit)
+        room -= unit.size
+    return bundles
+
+
+def _open_folder(job: parts.Job, units: Sequence[readers.Unit], tokenizer: Tokenizer) -> None:
+    """Keep an earlier attempt's parts where they belong to the very same job; otherwise start empty."""
+    times = [os.stat(path).st_mtime_ns for path in dict.fromkeys(unit.path for unit in units)]
+    paths = [asdict(unit) | {"path": os.path.abspath(unit.path)} for unit in units]
+    whole = [_LAYOUT, _LEAST_UNIT_BYTES, paths, times, tokenizer.fingerprint, job.text_key, job.validation_ratio]
+    fingerprint = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+    mark = Path(job.folder, "job")
+    if not mark.is_file() or mark.read_text() != fingerprint:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        mark.parent.mkdir(parents=True)
+        mark.write_text(fingerprint)
+
+
+def _make_parts(
+    job: parts.Job,
+    bundles: Sequence[list[readers.Unit]],
+    workers: int,
+    tokenizer: Tokenizer,
+    tokenizer_path: PathLike,
+    max_malformed_ratio: float,
+) -> list[list[parts.Outcome]]:
+    """The outcomes of every bundle, in order. Raises SteelError where too many rows are malformed."""
+    found = {i: outcomes for i in range(len(bundles)) if (outcomes := parts.finished(job, i))}
+    if found:
+        log.info("%d of %d parts of an earlier attempt are used again", len(found), len(bundles))
+    todo = [(i, bundle, job) for i, bundle in enumerate(bundles) if i not in found]
+    results: Iterator[list[parts.Outcome]]
+    if min(workers, len(todo)) <= 1:
+        results = (parts.make(item, tokenizer) for item in todo)
+    else:
+        path = os.path.abspath(tokenizer_path)
+        results = parallel.in_order(parts.make, todo, min(workers, len(todo)), load_tokenizer, path)
+    progress = _Progress(sum(unit.size for _, bundle, _ in todo for unit in bundle))
+    report = _Report(job.text_key, max_malformed_ratio)
+    made = []
+    for i, bundle in enumerate(bundles):
+        outcomes = found.get(i) or next(results)
+        made.append(outcomes)
+        if i not in found:
+            progress.add(outcomes, bundle)
+        for unit, outcome in zip(bundle, outcomes, strict=True):
+            report.add(unit, outcome)
+    next(results, None)  # nothing comes: it lets the workers go
+    report.finish()
+    return made
+
+
+class _Report:
+    """Counts rows, names the first malformed ones by their line in the file, and says when there are too many."""
+
+    def __init__(self, text_key: str, limit: float):
+        self._text_key, self._limit = text_key, limit
+        self._rows = self._empty = self._malformed = 0
+        self._named: list[str] = []
+        self._numbered: dict[str, int] = {}
+
+    def add(self, unit: readers.Unit, outcome: parts.Outcome) -> None:
+        before = self._numbered.get(unit.path, 0)
+        self._numbered[unit.path] = before + outcome.numbered
+        self._rows, self._empty = self._rows + outcome.rows, self._empty + outcome.empty
+        self._malformed += outcome.malformed
+        for number, problem in outcome.problems[: _NAMED_PROBLEMS - len(self._named)]:
+            self._named.append(f"{unit.path}:{before + number}")
+            log.warning("malformed row skipped: %s: %s", self._named[-1], problem)
+        if outcome.malformed == outcome.rows >= _HOPELESS_ROWS:  # the wrong key: do not go on for hours
+            raise self._too_many(f"all {outcome.rows} rows of a part are malformed: {outcome.problems[0][1]}")
+
+    def finish(self) -> None:
+        if self._malformed > self._limit * self._rows:
+            raise self._too_many(
+                f"{self._malformed} of {self._rows} rows are malformed, more than {self._limit:.2%}; the first are named"
+            )
+        log.info("%d rows: %d empty and %d malformed ones skipped", self._rows, self._empty, self._malformed)
+
+    def _too_many(self, what: str) -> SteelError:
+        remedy = f"mend the rows, or name the key that holds the text (--text-key; now {self._text_key!r})"
+        return SteelError(what, ", ".join(self._named), remedy)
+
+
+def _publish(
+    job: parts.Job,
+    units: Sequence[readers.Unit],
+    made: Sequence[list[parts.Outcome]],
+    tokenizer: Tokenizer,
+    output: PathLike,
+) -> manifest.Manifest:
+    outcomes = [outcome for bundle in made for outcome in bundle]
+    targets = {"training": os.fspath(output)}
+    if job.validation_ratio:
+        targets["validation"] = f"{os.fspath(output)}-validation"
+    for kind in targets:
+        if not parts.documents(outcomes, kind):
+            what = f"there is no document for {kind} among {sum(o.rows for o in outcomes)} rows"
+            remedy = "give more text" if kind == "training" else "give more text, or a larger --validation-ratio"
+            raise SteelError(what, ", ".join(dict.fromkeys(unit.path for unit in units)) or output, remedy)
+    results = {}
+    for kind, target in targets.items():
+        joined = [parts.prefix(job, i, kind) for i, bundle in enumerate(made) if parts.documents(bundle, kind)]
+        facts = concatenate(joined, target)
+        results[kind] = manifest.write(target, facts, tokenizer.facts(), _provenance(units, outcomes, kind))
+        log.info("%s: %d documents, %d tokens of %s", target, facts.documents, facts.tokens, facts.dtype)
+    return results["training"]
+
+
+def _provenance(units: Sequence[readers.Unit], outcomes: Sequence[parts.Outcome], kind: str) -> list[dict[str, Any]]:
+    """One entry a file, without its folder: sizes and what became of its rows."""
+    files: dict[str, dict[str, Any]] = {}
+    for unit, outcome in zip(units, outcomes, strict=True):
+        new = {"name": Path(unit.path).name, "bytes": os.path.getsize(unit.path)}
+        entry = files.setdefault(unit.path, new | dict.fromkeys(("rows", "documents", "empty", "malformed"), 0))
+        entry["documents"] += getattr(outcome, kind)
+        for key in ("rows", "empty", "malformed"):
+            entry[key] += getattr(outcome, key)
+    return list(files.values())
+
+
+class _Progress:
+    """A line now and then: share, documents and MB a second, time left."""
+
+    def __init__(self, size: int):
+        self._size, self._done, self._documents = size, 0, 0
+        self._started = self._spoken = time.monotonic()
+
+    def add(self, outcomes: Sequence[parts.Outcome], bundle: Sequence[readers.Unit]) -> None:
+        self._done += sum(unit.size for unit in bundle)
+        self._documents += sum(outcome.training + outcome.validation for outcome in outcomes)
+        now = time.monotonic()
+        if now - self._spoken < _SECONDS_BETWEEN_LINES:
+            return
+        self._spoken, seconds = now, now - self._started
+        left = seconds * (self._size - self._done) / max(1, self._done)
+        speed = self._documents / seconds, self._done / seconds / 1e6
+        log.info("tokenizing: %.0f%%, %.0f documents/s, %.2f MB/s, about %.0f s left",
+                 100 * self._done / max(1, self._size), *speed, left)  # fmt: skip
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

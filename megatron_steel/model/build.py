@@ -1,0 +1,196 @@
+"""From a recipe's model section to a model that is ready to be trained.
+
+    config = build_config(recipe.model, tokenizer_vocab_size)     Steel, any transformers class, any folder
+    model  = build_model(config, seed, init_from)                 whole, fp32, on the CPU, equal on every rank
+    model  = prepare_for_training(model, activation_checkpointing)
+    loss   = model(input_ids=..., labels=..., document_ids=...)   the SUM over tokens
+
+Building the whole model first and sharding it afterwards is deliberate: `deepspeed.zero.Init` around a transformers
+class initialises weights silently wrong. Knows nothing of ranks, data or the optimizer.
+"""
+
+import difflib
+import inspect
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from megatron_steel.errors import SteelError
+from megatron_steel.model.configuration_steel import SteelConfig
+from megatron_steel.model.modeling_steel import SteelForCausalLM
+from megatron_steel.model.training import prepare_for_training
+
+if TYPE_CHECKING:
+    from megatron_steel.recipe import Model
+
+__all__ = ["build_config", "build_model", "decay_groups", "prepare_for_training"]
+
+
+def build_config(model: "Model", tokenizer_vocab_size: int | None = None) -> PretrainedConfig:
+    """The configuration that a recipe's `model` section describes.
+
+    Args:
+        model: `type` with `config`, or `path`.
+        tokenizer_vocab_size: length of the tokenizer; the model must have at least that many words.
+
+    Raises:
+        SteelError: unknown type or field (with the nearest name), impossible values, a folder without a readable
+            `config.json`, foreign code without `model.trust_code`, a vocabulary smaller than the tokenizer.
+    """
+    if model.path is not None:
+        if model.config:
+            what = "model.config cannot change a model that comes from model.path"
+            raise SteelError(what, "model.config", "edit config.json in that folder, or give model.type instead")
+        config = _config_of_folder(model.path, model.trust_code)
+    else:
+        config = _config_of_type(str(model.type), model.config)
+    words = getattr(config.get_text_config(), "vocab_size", None)
+    if tokenizer_vocab_size is not None and words is not None and words < tokenizer_vocab_size:
+        raise SteelError(
+            f"the tokenizer has {tokenizer_vocab_size} entries and the model's vocabulary only {words}",
+            "model.config.vocab_size" if model.path is None else model.path,
+            f"set model.config.vocab_size to at least {tokenizer_vocab_size} (a multiple of 64 is fastest)",
+        )
+    return config
+
+
+def build_model(
+    config: PretrainedConfig, seed: int, init_from: str | None = None, trust_code: bool = False
+) -> PreTrainedModel:
+    """The whole model in fp32 on the CPU (4 bytes a parameter), the same on every rank for one seed.
+
+    Args:
+        seed: of the initial weights; the caller's random state is left as it was.
+        init_from: a Hugging Face folder whose weights replace the initial ones, all of them.
+        trust_code: allow modelling code that lies in `init_from`.
+
+    Raises:
+        SteelError: `init_from` cannot be read or does not hold exactly this model's tensors.
+    """
+    if init_from is not None:
+        return _load_weights(config, init_from, trust_code)
+    # The CPU's generator alone: torch.manual_seed would reset the GPUs' too.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return construct(config, torch.float32)
+
+
+def construct(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration on the current default device (also `meta`), initialised by its own rules."""
+    if isinstance(config, SteelConfig):
+        return SteelForCausalLM._from_config(config, dtype=dtype)
+    # Code from a folder runs only where build_config was allowed to load its configuration class.
+    foreign = type(config) not in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=foreign)
+
+
+def decay_groups(model: nn.Module, weight_decay: float, on: str = "matrices") -> list[dict[str, Any]]:
+    """Optimizer groups [{params, weight_decay}]; tied parameters once, frozen ones never, no empty group.
+
+    Args:
+        on: `matrices`: tensors of two and more dimensions decay, norms, biases and scalars do not; `all`: one group.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if on == "all":
+        return [{"params": trained, "weight_decay": weight_decay}]
+    # A parameter that ZeRO-3 has cut is flat; `ds_shape` remembers what it was.
+    matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for p in trained]
+    decayed = [p for p, is_matrix in zip(trained, matrix, strict=True) if is_matrix]
+    others = [p for p, is_matrix in zip(trained, matrix, strict=True) if not is_matrix]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:
+    if name == "steel":
+        cls: type[PretrainedConfig] = SteelConfig
+        known = set(inspect.signature(SteelConfig).parameters) - {"kwargs"}
+    else:
+        cls = _config_class(name)
+        known = _known_fields(cls)
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=1, cutoff=0.5)
+        raise SteelError(
+            f"{', '.join(unknown)}: {cls.__name__} has no such field",
+            f"model.config.{unknown[0]}",
+            f"did you mean {near[0]}?" if near else f"see the fields of {cls.__name__}",
+        )
+    try:
+        return cls(**fields)
+    except Exception as error:  # transformers' own validation raises several classes; all are the user's values
+        field = str(error).split(":")[0]
+        where = f"model.config.{field}" if field in known else "model.config"
+        raise SteelError(f"{cls.__name__} refuses these values: {error}", where, "mend the value") from error
+
+
+def _config_class(name: str) -> type[PretrainedConfig]:
+    types = sorted(t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t in CONFIG_MAPPING)
+    if name not in types:
+        near = difflib.get_close_matches(name, ["steel", *types], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        what = f"{name!r} is no causal language model of the installed transformers"
+        raise SteelError(what, "model.type", f"{hint}use steel, a transformers model_type such as llama, or model.path")
+    return CONFIG_MAPPING[name]
+
+
+def _known_fields(cls: type[PretrainedConfig]) -> set[str]:
+    default = cls()
+    known = set(inspect.signature(cls.__init__).parameters) | set(default.to_dict()) | set(cls.attribute_map)
+    if "rope_parameters" in known:  # transformers 5 moves these there, and still takes them by their old names
+        known |= {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+    return known - {"self", "args", "kwargs", "model_type", "transformers_version"}
+
+
+def _config_of_folder(path: str, trust_code: bool) -> PretrainedConfig:
+    file = Path(path) / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model_type = content.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        what = f"the model folder has no readable config.json: {error}"
+        raise SteelError(what, file, "give model.path a Hugging Face folder, or use model.type") from None
+    foreign = "AutoModelForCausalLM" in content.get("auto_map", {})
+    try:
+        if model_type == "steel" and not trust_code:  # this package's own file, not the copy in the folder
+            return SteelConfig.from_pretrained(path, local_files_only=True)
+        if model_type in CONFIG_MAPPING or trust_code:
+            return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_code and foreign)
+    except Exception as error:
+        raise SteelError(f"config.json is refused: {error}", file, "mend the file") from error
+    if not foreign:
+        what = f"transformers does not know model_type {model_type!r}"
+        raise SteelError(what, file, "use a newer transformers, or a folder that brings its code")
+    what = f"the folder brings its own code for model_type {model_type!r}, and running it is not allowed"
+    raise SteelError(what, file, "read the .py files there, then set model.trust_code=true")
+
+
+def _load_weights(config: PretrainedConfig, folder: str, trust_code: bool) -> PreTrainedModel:
+    if not Path(folder, "config.json").is_file():
+        raise SteelError("there is no Hugging Face model to start from", folder, "mend model.init_from")
+    cls: Any = SteelForCausalLM if isinstance(config, SteelConfig) else AutoModelForCausalLM
+    settings: dict[str, Any] = {} if isinstance(config, SteelConfig) else {"trust_remote_code": trust_code}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model, report = cls.from_pretrained(
+                folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **settings,
+            )  # fmt: skip
+    except Exception as error:
+        raise SteelError(f"the weights cannot be read: {error}", folder, "mend model.init_from") from error
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = [name if isinstance(name, str) else f"{name[0]} ({tuple(name[1])})" for name in report[kind]]
+        if names:
+            listed = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
+            problems.append(f"{len(names)} {kind.removesuffix('_keys')}: {listed}")
+    if problems:
+        what = "the weights do not fit the model: " + "; ".join(problems)
+        raise SteelError(what, folder, "give the recipe the sizes of that folder's config.json, or use model.path")
+    return model

@@ -1,0 +1,137 @@
+"""What a model costs: parameters, and floating-point operations per token in both conventions of the field.
+
+- `hw` = 6 x weights that a token is multiplied with + 12 L N d T for attention. No input embedding; an expert of a
+  soft mixture with slots counts by slots per sequence, not per token. This is work the hardware does.
+- `six_n` = 6 x all parameters + the same attention term (PaLM, llm-foundry). Comparable with published MFU; for
+  soft-MoE models it overstates the work about twofold.
+
+6 = 2 operations per weight forward, 4 backward. 12 L N d T (L layers, N heads, d head dimension, T tokens) is attention
+without the causal mask; `causal` has half of it. Everything is counted on the meta device: no memory, no weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from megatron_steel.model.build import construct
+from megatron_steel.model.configuration_steel import SteelConfig
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of a model; a tied matrix counts once."""
+
+    total: int
+    embedding: int
+    """Input embedding."""
+    tensors: int
+    """Distinct parameters (the entries of an untied `state_dict`)."""
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Training operations (forward and backward) per token."""
+
+    hw: float
+    """The matrix work, attention without a causal mask."""
+    six_n: float
+    """6 x all parameters, attention without a causal mask."""
+    causal: float
+    """`hw` with causal attention: half of the attention term."""
+    head: float
+    """The part of `hw` that the language-model head takes."""
+
+
+def parameters(config: PretrainedConfig) -> Parameters:
+    """Exact counts for a configuration, in milliseconds to seconds, without memory."""
+    model = _on_meta(config)
+    embedding = model.get_input_embeddings().weight.numel()
+    counted = list(model.parameters())
+    return Parameters(sum(p.numel() for p in counted), embedding, len(counted))
+
+
+def flops_per_token(config: PretrainedConfig, sequence_length: int) -> FlopsPerToken | None:
+    """Training FLOPs per token for sequences of `sequence_length` tokens.
+
+    Returns:
+        None for a class with weights outside `nn.Linear` (fused experts, convolutions): a guess would make a share of
+        peak that nobody can trust.
+    """
+    model = _on_meta(config)
+    weights = _multiplied_weights(model, sequence_length)
+    attention = _attention(config, sequence_length)
+    if weights is None or attention is None:
+        return None
+    total = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    return FlopsPerToken(
+        hw=6 * weights + attention,
+        six_n=6 * total + attention,
+        causal=6 * weights + attention / 2,
+        head=6 * head,
+    )
+
+
+# Nominal dense bf16 peaks in FLOP/s with fp32 accumulation and no sparsity, from NVIDIA's data sheets (halved where
+# a sheet quotes sparsity) and the Ada white paper. The first name that occurs in the device's name counts, so the
+# slower variants of a chip come before the chip.
+_PEAKS = (
+    ("A100", 312e12),
+    ("A800", 312e12),  # an A100 with a narrower NVLink
+    ("H100 NVL", 835.5e12),
+    ("H100 PCIe", 756.5e12),
+    ("H100", 989.5e12),
+    ("H800 PCIe", 756.5e12),
+    ("H800", 989.5e12),  # an H100 SXM with a narrower NVLink
+    ("H200 NVL", 835.5e12),
+    ("H200", 989.5e12),
+    ("RTX 4090 D", None),  # cut down for one market: no sheet states its tensor peak
+    ("RTX 4090", 165.2e12),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Nominal dense bf16 peak in FLOP/s of a device as `torch.cuda.get_device_name` calls it; None: not known."""
+    return next((peak for name, peak in _PEAKS if name.lower() in device_name.lower()), None)
+
+
+def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = construct(config, torch.float32)
+    model.tie_weights()
+    return model
+
+
+def _multiplied_weights(model: PreTrainedModel, sequence_length: int) -> float | None:
+    """Weights that one token is multiplied with on average (router work of soft slots included)."""
+    config = model.config
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None  # a sparse mixture multiplies a token with some of its experts only
+    slots = isinstance(config, SteelConfig) and config.sees_future
+    # p slots per expert and sequence, instead of T tokens
+    share = config.slots_per_expert / sequence_length if slots else 1.0
+    total, counted = 0.0, set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            counted.add(id(module.weight))
+            total += module.weight.numel() * (share if slots and ".experts." in name else 1.0)
+        elif isinstance(module, nn.Embedding):
+            counted.add(id(module.weight))
+    if slots:
+        # logits, dispatch and combine are three products of size h x slots for every token
+        total += 3 * config.num_hidden_layers * config.hidden_size * config.n_experts * config.slots_per_expert
+        counted |= {id(p) for name, p in model.named_parameters() if name.endswith((".phi", ".score"))}
+    outside = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in counted]
+    return None if outside else total
+
+
+def _attention(config: PretrainedConfig, sequence_length: int) -> float | None:
+    text = config.get_text_config()
+    layers, heads = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if not layers or not heads:
+        return None
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 12.0 * layers * heads * head_dim * sequence_length

@@ -1,0 +1,89 @@
+"""Bytes of activations: an estimate, good enough to name a micro-batch that fits.
+
+Counted from what the modelling code keeps for its backward pass where attention keeps no map (flash or
+memory-efficient): for a GPT layer of width h this comes to the 34 h bytes per token of Korthikanti et al. (2205.05198,
+section 4.1, without the attention map), give or take its dropout masks. A test compares it with autograd's own count.
+Allocator fragments, workspaces and the buffers of ZeRO are not in it. Knows configurations only.
+"""
+
+from transformers import PretrainedConfig
+
+from megatron_steel.model.configuration_steel import SteelConfig
+from megatron_steel.model.head import CHUNK_TOKENS
+
+_BYTES = {"fp32": 4, "bf16": 2}
+_QK_NORM = ("qwen3", "olmo2", "olmo3", "gemma3_text")
+
+
+def activation_bytes_per_sample(
+    config: PretrainedConfig, sequence_length: int, precision: str = "bf16", checkpointing: bool = False
+) -> int:
+    """Bytes that one sample's forward pass leaves for its backward pass, the head's logits not included.
+
+    Args:
+        sequence_length: tokens of the sample.
+        precision: `fp32` or `bf16`.
+        checkpointing: activation checkpointing: each layer's input, and one layer in full while it is computed again.
+    """
+    text = config.get_text_config()
+    size, layers, hidden = _BYTES[precision], text.num_hidden_layers, text.hidden_size
+    layer = _layer_bytes_per_token(text, size)
+    kept = layers * hidden * size + layer if checkpointing else layers * layer
+    ends = 4 * hidden * size  # embedding output, final norm, the head's gradient of it
+    return sequence_length * (kept + ends)
+
+
+def head_bytes(config: PretrainedConfig, tokens: int, precision: str = "bf16") -> int:
+    """Bytes of the chunk of logits that is alive at one time: in the compute dtype and in fp32."""
+    rows = min(tokens, CHUNK_TOKENS)
+    extra = 0 if precision == "fp32" else _BYTES[precision]
+    return rows * config.get_text_config().vocab_size * (4 + extra)
+
+
+def largest_micro_batch(
+    config: PretrainedConfig,
+    sequence_length: int,
+    free_bytes: int,
+    precision: str = "bf16",
+    checkpointing: bool = False,
+) -> int:
+    """The most samples whose activations fit into `free_bytes` (weights, gradients and optimizer already taken).
+
+    Returns:
+        0 when not even one sample fits.
+    """
+    per_sample = activation_bytes_per_sample(config, sequence_length, precision, checkpointing)
+    fits = 0
+    # The head's share stops growing at its chunk, so this is not one division.
+    while (fits + 1) * per_sample + head_bytes(config, (fits + 1) * sequence_length, precision) <= free_bytes:
+        fits += 1
+    return fits
+
+
+def _layer_bytes_per_token(config: PretrainedConfig, size: int) -> int:
+    """Bytes per token that one layer saves for its backward pass."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    # Two norms: the input in fp32, its normalised form and the output, rounded.
+    norms = 2 * hidden * (4 + 2 * size)
+    # Rotated query and key, value; the output as attention and as o_proj want it.
+    attention = (3 * heads + 2 * kv_heads) * head_dim * size
+    if config.model_type in _QK_NORM:
+        attention += (heads + kv_heads) * head_dim * (4 + size)
+    return norms + attention + _ffn_values_per_token(config) * size
+
+
+def _ffn_values_per_token(config: PretrainedConfig) -> int:
+    hidden = config.hidden_size
+    if not isinstance(config, SteelConfig):
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+        # gate, its activation, up and the product; the tanh form of GELU, written in plain torch, keeps every step
+        return (10 if getattr(config, "activation_function", "") == "gelu_new" else 4) * inner
+    one = 4 * config.inner_size + (3 * hidden if config.mlp_type == "senet" else 0)
+    if config.FFN_type == "raw":
+        return one
+    if config.FFN_type == "softmoe_v1":
+        return config.n_experts * (one + hidden)
+    # The normalised input; dispatch and combine in fp32 and rounded. What the slots do is small.
+    return hidden + 6 * config.n_experts * config.slots_per_expert

@@ -1,0 +1,423 @@
+"""The Steel architecture: the file that is trained is the file that is shipped.
+
+Qwen-style pre-norm decoder (RMSNorm, rotary positions, QKV bias, grouped-query attention) whose FFN is dense or
+one of three soft mixtures of experts. Parameter names and formulas are those of the original Steel-LLM. Imports
+nothing but torch, transformers (4.57 and 5.x) and its own configuration; knows no ranks, precision or optimizer.
+
+Shapes: B batch, T tokens, S keys (past + T), h hidden, N heads, K key/value heads, d head, n experts, p slots, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .configuration_steel import SteelConfig
+
+logger = logging.get_logger(__name__)
+_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+
+class SteelRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., h] -> [..., h] in the dtype of x; mean square in fp32."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class SteelMLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: SteelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
+        self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SteelSENet(nn.Module):
+    """Two SwiGLUs: z = silu(gate_up x) * up x, then silu(gate_down z) * down z. (No squeeze-excitation, despite the name.)"""
+
+    def __init__(self, config: SteelConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
+        self.gate_down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
+        self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = F.silu(self.gate_up_proj(x)) * self.up_proj(x)
+        return F.silu(self.gate_down_proj(z)) * self.down_proj(z)
+
+
+_MLP = {"raw": SteelMLP, "senet": SteelSENet}
+
+
+def _experts(config: SteelConfig) -> nn.ModuleList:
+    return nn.ModuleList([_MLP[config.mlp_type](config) for _ in range(config.n_experts)])
+
+
+class SteelSoftMoEV1(nn.Module):
+    """Every token passes every expert; outputs are mixed by softmax(W x + b). Causal."""
+
+    def __init__(self, config: SteelConfig):
+        super().__init__()
+        self.experts = _experts(config)
+        self.gating = nn.Linear(config.hidden_size, config.n_experts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights_BTn = torch.softmax(self.gating(x), dim=-1, dtype=torch.float32).to(x.dtype)
+        parts = (expert(x) * weights_BTn[..., i : i + 1] for i, expert in enumerate(self.experts))
+        return sum(parts, start=torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+class SteelSoftMoEV2(nn.Module):
+    """Slots gather the sequence with softmax over slots, tokens read them with softmax over the sequence.
+
+    NOT causal. The two axes are swapped against the Soft MoE paper (2308.00951); kept, because weights were trained so.
+    """
+
+    def __init__(self, config: SteelConfig):
+        super().__init__()
+        self.slots = config.slots_per_expert
+        self.experts = _experts(config)
+        self.score = nn.Parameter(torch.randn(config.hidden_size, config.n_experts * config.slots_per_expert))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits_BTs = x @ self.score
+        dispatch = torch.softmax(logits_BTs, dim=-1, dtype=torch.float32).to(x.dtype)
+        combine = torch.softmax(logits_BTs, dim=1, dtype=torch.float32).to(x.dtype)
+        slots_Bsh = dispatch.transpose(1, 2) @ x
+        pieces = slots_Bsh.split(self.slots, dim=1)
+        outputs_Bsh = torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)], dim=1)
+        return combine @ outputs_Bsh
+
+
+class SteelSoftMoEV3(nn.Module):
+    """Soft MoE with normalised logits: dispatch is a softmax over the sequence, combine over all slots.
+
+    NOT causal. Unlike the paper, experts read the normalised x: its magnitude is lost; kept, because weights were trained so.
+    """
+
+    def __init__(self, config: SteelConfig):
+        super().__init__()
+        shape = (config.hidden_size, config.n_experts, config.slots_per_expert)
+        self.phi = nn.Parameter(torch.randn(shape) / config.hidden_size**0.5)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.experts = _experts(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.normalize(x, dim=2)
+        phi = self.scale * F.normalize(self.phi, dim=0)
+        logits_BTnp = torch.einsum("bth,hnp->btnp", x, phi)
+        dispatch = torch.softmax(logits_BTnp, dim=1, dtype=torch.float32).to(logits_BTnp.dtype)
+        combine = torch.softmax(logits_BTnp.flatten(2), dim=-1, dtype=torch.float32).to(logits_BTnp.dtype)
+        slots_Bnph = torch.einsum("bth,btnp->bnph", x, dispatch)
+        outputs = torch.stack([expert(slots_Bnph[:, i]) for i, expert in enumerate(self.experts)], dim=1)
+        return combine @ outputs.flatten(1, 2).to(combine.dtype)
+
+
+_MIXTURE = {"softmoe_v1": SteelSoftMoEV1, "softmoe_v2": SteelSoftMoEV2, "softmoe_v3": SteelSoftMoEV3}
+
+
+def _feed_forward(config: SteelConfig) -> nn.Module:
+    if config.FFN_type == "raw":
+        return _MLP[config.mlp_type](config)
+    return _MIXTURE[config.FFN_type](config)
+
+
+def rotary_tables(position_ids_BT: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, [B, 1, T, d] in fp32. Computed in every forward: no buffer to cast, to shard or to load."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_BT.device) / head_dim
+    angles_BTd = position_ids_BT[..., None].float() * theta**-exponents  # a product, not a matmul: autocast leaves it
+    angles_BTd = torch.cat((angles_BTd, angles_BTd), dim=-1)[:, None]
+    return angles_BTd.cos(), angles_BTd.sin()
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in fp32, rounded once to the dtype of x."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def _eager_attention(module: nn.Module, query, key, value, attention_mask=None, scaling=1.0, dropout=0.0, **kwargs):
+    """Plain attention, [B, N, T, d] -> [B, T, N, d]; the twin that sdpa is tested against."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores_BNTS = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores_BNTS = scores_BNTS.masked_fill(~attention_mask, torch.finfo(scores_BNTS.dtype).min)
+    elif attention_mask is not None:
+        scores_BNTS = scores_BNTS + attention_mask
+    weights = torch.softmax(scores_BNTS, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class SteelAttention(nn.Module):
+    is_causal = True  # read by transformers' attention functions when there is no mask
+
+    def __init__(self, config: SteelConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=True)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        B, T, _ = x.shape
+        query, key, value = (
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        name = self.config._attn_implementation
+        attend = _eager_attention if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out, _ = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )  # fmt: skip
+        return self.o_proj(out.reshape(B, T, -1))
+
+
+class SteelDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: SteelConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = SteelAttention(config, layer_idx)
+        self.mlp = _feed_forward(config)
+        self.input_layernorm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states, rotary, attention_mask=None, past_key_values=None, **kwargs) -> torch.Tensor:
+        x = hidden_states
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attention_mask, past_key_values, **kwargs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SteelPreTrainedModel(PreTrainedModel):
+    config_class = SteelConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("SteelDecoderLayer",)
+    _skip_keys_device_placement = "past_key_values"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # torch.nn.init functions only: transformers 5 guards them, so that loaded weights are not drawn again.
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, SteelRMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, SteelSoftMoEV2):
+            nn.init.normal_(module.score, std=1.0)
+        elif isinstance(module, SteelSoftMoEV3):
+            nn.init.normal_(module.phi, std=module.phi.shape[0] ** -0.5)
+            nn.init.ones_(module.scale)
+
+
+class SteelModel(SteelPreTrainedModel):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config: SteelConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([SteelDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Hidden states [B, T, h].
+
+        Args:
+            input_ids: [B, T] (or `inputs_embeds` [B, T, h] instead).
+            attention_mask: [B, S] with 0 for padding, or a complete [B, 1, T, S] mask: boolean (True: may attend) or
+                additive. A complete mask is used as it is, so it must be causal itself.
+            position_ids: [B, T]; counted from the cache's length when left out.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = self._cache(past_key_values, use_cache)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        mask = self._mask(attention_mask, x, past)
+        rotary = rotary_tables(
+            position_ids, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
+        )
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, rotary, mask, past_key_values, **kwargs)
+            if wanted:
+                states.append(x)
+        x = self.norm(x)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*states[:-1], x) if wanted else None,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        if self.config.sees_future:  # later tokens change earlier ones: what was cached would be wrong
+            if given is not None and given.get_seq_length() > 0:
+                raise ValueError(f"FFN_type {self.config.FFN_type} reads the whole sequence: call it without a cache")
+            return None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            return None
+        return given if given is not None or not use_cache else DynamicCache()
+
+    def _mask(self, mask: torch.Tensor | None, x: torch.Tensor, past: int) -> torch.Tensor | None:
+        """None where the plain causal rule holds (sdpa then takes its fast path), else a mask [B, 1, T, S]."""
+        T, S = x.shape[1], past + x.shape[1]
+        if mask is not None and mask.dim() == 4:
+            return mask if mask.dtype == torch.bool else mask.to(x.dtype)
+        if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None
+        implicit = T == 1 or (past == 0 and self.config._attn_implementation not in (None, "eager"))
+        if mask is None and implicit:
+            return None
+        allowed = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(past)[None, None]
+        if mask is None:
+            return allowed
+        itself = torch.eye(T, S, dtype=torch.bool, device=x.device) if past == 0 else None
+        allowed = allowed & mask[:, None, None, :S].bool()
+        # A padded query with nothing to attend to would be NaN: it attends to itself, and nobody reads it.
+        return allowed if itself is None else allowed | itself
+
+
+class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
+    """Steel with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"} if _TRANSFORMERS_5 else ["lm_head.weight"]
+
+    def __init__(self, config: SteelConfig):
+        super().__init__(config)
+        self.model = SteelModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits [B, T, V], and with `labels` [B, T] the next-token loss (labels are shifted here; -100 is ignored)."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`; for a model that sees the future every token recomputes the whole prefix."""
+        if self.config.sees_future:
+            logger.warning_once(
+                f"FFN_type {self.config.FFN_type} is not causal: each new token recomputes the whole text so far, and "
+                "no token of the text saw in training what it sees now. Expect slow and worse text than the loss promises."
+            )
+            kwargs["use_cache"] = False
+        return super().generate(*args, **kwargs)
+
+
+SteelModel.register_for_auto_class("AutoModel")
+SteelForCausalLM.register_for_auto_class("AutoModelForCausalLM")

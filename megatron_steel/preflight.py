@@ -1,0 +1,131 @@
+"""Before anything is built: check a recipe against its data, tokenizer and model, and plan the order of data.
+
+Whatever bad input can cause ends here, on all ranks alike. Knows nothing of engines and builds no weights.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_steel import dist
+from megatron_steel.errors import SteelError
+from megatron_steel.recipe import Prefix, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from megatron_steel.checkpoint.commit import Checkpoint
+    from megatron_steel.data.dataset import BlendedDataset
+    from megatron_steel.data.loader import Batch
+    from megatron_steel.data.order import OrderState
+    from megatron_steel.data.segments import Member
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What follows from a recipe, its data and its model before anything is built."""
+
+    config: "PretrainedConfig"
+    parameters: int
+    flops_per_token: float
+    train: "list[Member]"
+    validation: "list[Member]"
+    steps: int
+
+
+def plan_run(recipe: Recipe) -> RunPlan:
+    """Check data, tokenizer and model against each other; a collective call.
+
+    Raises SteelError on all ranks: unreadable data, an id outside the vocabulary, sequences longer than the data, an
+    impossible model, a run of no steps.
+    """
+    from megatron_steel.data.segments import samples_per_epoch
+    from megatron_steel.data.tokenizer import load_tokenizer
+    from megatron_steel.model.build import build_config
+    from megatron_steel.model.flops import flops_per_token, parameters
+
+    def check() -> RunPlan:
+        config = build_config(recipe.model, load_tokenizer(recipe.tokenizer.path).vocab_size)
+        train = _members(recipe.data.train, config.vocab_size)
+        validation = _members(recipe.data.validation, config.vocab_size) if recipe.data.validation else []
+        length = recipe.data.sequence_length
+        flops = flops_per_token(config, length)
+        steps = _steps(recipe, samples_per_epoch(train, length))
+        return RunPlan(config, parameters(config).total, flops.hw if flops else 0.0, train, validation, steps)
+
+    # The first rank of a node scans data that has no manifest; the others then find one.
+    first = dist.together(check, only=dist.is_first_of_node())
+    rest = dist.together(check, only=not dist.is_first_of_node())
+    plan = first or rest
+    assert plan is not None
+    return plan
+
+
+def plan_order(recipe: Recipe, plan: RunPlan, checkpoint: "Checkpoint | None") -> "OrderState":
+    from megatron_steel.data.order_json import from_json
+    from megatron_steel.data.segments import plan as plan_segments
+
+    def make() -> "OrderState":
+        before = from_json(checkpoint.manifest["order"], checkpoint.path) if checkpoint else None
+        batch = recipe.train.global_batch_size
+        # A checkpoint fixes how many samples its steps took, also where the batch was another then.
+        wanted = (
+            (plan.steps - checkpoint.step) * batch + before.trained_samples
+            if checkpoint and before
+            else plan.steps * batch
+        )
+        return plan_segments(before, plan.train, recipe.data.sequence_length, batch, max(1, wanted), recipe.run.seed)
+
+    order = dist.together(make)
+    assert order is not None
+    return order
+
+
+def open_dataset(members: "list[Member]", order: "OrderState") -> "BlendedDataset":
+    from megatron_steel.data.dataset import BlendedDataset
+    from megatron_steel.data.indexed import IndexedDataset
+
+    return BlendedDataset(order, {m.digest: IndexedDataset(m.prefix) for m in members})
+
+
+def validation_batches_of(recipe: Recipe, plan: RunPlan) -> "Callable[[], Iterator[Batch]] | None":
+    """The same held-out samples at every evaluation."""
+    from megatron_steel.data.loader import validation_batches
+    from megatron_steel.data.segments import plan as plan_segments
+    from megatron_steel.data.segments import samples_per_epoch
+
+    if not plan.validation:
+        return None
+    length = recipe.data.sequence_length
+    samples = min(recipe.train.eval_samples, samples_per_epoch(plan.validation, length))
+    order = plan_segments(None, plan.validation, length, 1, samples, recipe.run.seed)
+    dataset = open_dataset(plan.validation, order)
+    ranks = recipe.train.micro_batch_size, dist.rank(), dist.world_size(), recipe.data.document_mask
+    return lambda: validation_batches(dataset, samples, *ranks)
+
+
+def _members(data: str | list[Prefix], vocab_size: int) -> "list[Member]":
+    from megatron_steel.data.manifest import trust
+    from megatron_steel.data.segments import Member
+
+    prefixes = [Prefix(data)] if isinstance(data, str) else data
+    trusted = [(p, trust(p.prefix, vocab_size)) for p in prefixes]
+    return [Member(p.prefix, manifest.digest, manifest.tokens, p.weight) for p, manifest in trusted]
+
+
+def _steps(recipe: Recipe, samples_per_epoch: int) -> int:
+    """Optimizer steps of the whole run; a last batch that an epoch would not fill is left out."""
+    train, batch = recipe.train, recipe.train.global_batch_size
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        return math.ceil(train.tokens / (batch * recipe.data.sequence_length))
+    steps = int((train.epochs or 0) * samples_per_epoch) // batch
+    if steps == 0:
+        raise SteelError(
+            f"{train.epochs} epochs are {int((train.epochs or 0) * samples_per_epoch)} samples, less than one batch of {batch}",
+            "train.epochs, train.global_batch_size",
+            "train longer, or make the batch smaller",
+        )
+    return steps

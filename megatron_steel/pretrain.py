@@ -1,0 +1,265 @@
+"""What `deepspeed --module megatron_steel.pretrain RECIPE [key.path=value ...]` starts on every rank.
+
+1. `plan_run` checks the recipe against data, tokenizer and model, so that bad input ends before anything is built.
+2. `_train` builds model and engine, goes on from the newest whole checkpoint, and hands a `Job` to the loop.
+
+Exit codes are those of `errors.py`; all ranks leave together.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import yaml
+
+from megatron_steel import dist, preflight
+from megatron_steel.errors import SteelError
+from megatron_steel.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from megatron_steel.checkpoint.commit import Checkpoint
+    from megatron_steel.data.loader import Batch
+
+
+def main(argv: list[str]) -> int:
+    """The launcher's entry: drops its `--local_rank=N`, keeps `--dry-run`. Returns the exit code."""
+    dist.set_up_logging()
+    arguments = [a for a in argv if not a.startswith("--local_rank=")]
+    dry_run = "--dry-run" in arguments
+    name, *overrides = [a for a in arguments if a != "--dry-run"] or [""]
+    return dist.exit_code(lambda: run(name, overrides, dry_run))
+
+
+def run(name: str, overrides: list[str], dry_run: bool = False) -> None:
+    """Train a recipe to its end, from where its run folder stands.
+
+    Raises:
+        SteelError: bad recipe or data, on all ranks alike.
+        Stopped: a stop was asked for; everything is saved.
+    """
+    recipe = load_recipe(name, overrides)
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    device = dist.start()
+    together = True
+    try:
+        with _deterministic(recipe.train.deterministic):
+            _train(recipe, device, dry_run)
+    except SteelError as error:
+        together = error.shared
+        raise
+    except Exception as error:
+        together = type(error).__name__ == "Stopped"
+        raise
+    finally:
+        if together:
+            dist.barrier()  # the launcher kills the others as soon as one rank has left with an error
+        dist.finish()
+
+
+def _train(recipe: Recipe, device: "torch.device", dry_run: bool) -> None:
+    from megatron_steel.data.loader import Loader
+    from megatron_steel.model import build
+    from megatron_steel.train import engine as engines
+    from megatron_steel.train import lock, loop, state
+    from megatron_steel.train.monitor import Monitor
+    from megatron_steel.train.watch import Watch
+
+    watch = Watch(recipe.train.stop_after_minutes)  # first, so that a signal is never lost
+    folder = Path(recipe.run.dir)
+    plan = preflight.plan_run(recipe)
+    sharding = dist.together(lambda: engines.read_config(_sharding(recipe, plan, device)))
+    config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
+    assert config is not None
+    checkpoint = _find_checkpoint(recipe, folder, engines.zero_stage(config))
+    order = preflight.plan_order(recipe, plan, checkpoint)
+    _announce(recipe, plan, config, checkpoint)
+    if dry_run or (checkpoint and checkpoint.step >= plan.steps):
+        dist.log.info("dry run: everything checks" if dry_run else "the run is complete: nothing to do")
+        return
+
+    held = dist.together(lambda: _open_folder(folder, recipe, config, lock.take), only=dist.is_main())
+    model = build.build_model(plan.config, recipe.run.seed, None if checkpoint else recipe.model.init_from)
+    build.prepare_for_training(model, recipe.train.activation_checkpointing)
+    groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)
+    names = {id(p): name for name, p in model.named_parameters()}
+    group_names = [[names[id(p)] for p in group["params"]] for group in groups]
+    engine = engines.start_engine(model, groups, recipe.optim, config, device)
+    progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
+    facts = {
+        "recipe": recipe.to_dict(),
+        "world_size": dist.world_size(),
+        "zero_stage": engines.zero_stage(config),
+        "parameters": plan.parameters,
+        "data": [{"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name} for m in plan.train],
+    }
+    monitor = Monitor(folder, progress.step, _sees_future(plan.config))
+    monitor.text("recipe", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    samples = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
+    with Loader(
+        preflight.open_dataset(plan.train, order), order, *samples, document_mask=recipe.data.document_mask
+    ) as loader:
+
+        def save(step: int, tokens: int) -> None:
+            now = state.Progress(step, tokens, loader.state.to_json())
+            path = state.save(engine, folder / "checkpoints", now, facts, group_names, recipe.train.keep_last)
+            dist.log.info("saved %s", path)
+
+        def batches() -> "Iterator[list[Batch]]":
+            while True:
+                yield loader.step()
+
+        job = loop.Job(
+            engine=engine,
+            recipe=recipe,
+            monitor=monitor,
+            watch=watch,
+            batches=batches(),
+            validation=preflight.validation_batches_of(recipe, plan),
+            save=save,
+            position=lambda: {"samples": float(loader.state.next_sample)},
+            out_of_memory=_out_of_memory(recipe, plan, device),
+            steps=plan.steps,
+            step=progress.step,
+            tokens=progress.tokens,
+            flops_per_token=plan.flops_per_token,
+            peak_flops=_peak_flops(device),
+        )
+        try:
+            loop.fit(job)
+        finally:
+            monitor.close()
+    dist.log.info("done: %s", folder)
+    del held  # the folder's lock was ours until here
+
+
+def _sharding(recipe: Recipe, plan: preflight.RunPlan, device: "torch.device") -> str:
+    """`deepspeed.config`, with `auto` resolved by the memory of this rank's device."""
+    from megatron_steel.model.memory import activation_bytes_per_sample
+    from megatron_steel.train.engine import smallest_stage_that_fits
+
+    if recipe.deepspeed.config != "auto":
+        return recipe.deepspeed.config
+    per_sample = activation_bytes_per_sample(
+        plan.config, recipe.data.sequence_length, recipe.train.precision, recipe.train.activation_checkpointing
+    )
+    activations = per_sample * recipe.train.micro_batch_size
+    chosen = smallest_stage_that_fits(plan.parameters, activations, _device_bytes(device), dist.world_size())
+    dist.log.info("deepspeed.config: auto takes %s", chosen)
+    return chosen
+
+
+def _device_bytes(device: "torch.device") -> int:
+    """Memory this rank may use: its GPU's, or its share of the machine's."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // dist.ranks_on_node()
+
+
+def _find_checkpoint(recipe: Recipe, folder: Path, stage: int) -> "Checkpoint | None":
+    from megatron_steel.train import state
+
+    checkpoint = state.find(folder / "checkpoints")
+    if checkpoint and recipe.train.resume == "never":
+        raise dist.shared(SteelError("the run folder holds a checkpoint and train.resume is never", folder,
+                                     "choose another run.dir, or train.resume=auto to go on"))  # fmt: skip
+    if checkpoint:
+        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, stage))
+    return checkpoint
+
+
+def _out_of_memory(recipe: Recipe, plan: preflight.RunPlan, device: "torch.device") -> Callable[[], str]:
+    """A remedy that names the micro-batch that would fit; asked for only when memory has run out."""
+    from megatron_steel.model.memory import largest_micro_batch
+
+    if device.type != "cuda":
+        return lambda: "set a smaller train.micro_batch_size, or train.activation_checkpointing=true"
+    import torch
+
+    free = torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)
+
+    def remedy() -> str:
+        for checkpointing in (recipe.train.activation_checkpointing, True):
+            fits = largest_micro_batch(
+                plan.config, recipe.data.sequence_length, free, recipe.train.precision, checkpointing
+            )
+            if fits >= 1:
+                also = (
+                    " with train.activation_checkpointing=true"
+                    if checkpointing and not recipe.train.activation_checkpointing
+                    else ""
+                )
+                return f"train.micro_batch_size={fits} would fit{also} (an estimate)"
+        return "not even one sample fits: use a higher ZeRO stage, more ranks or a shorter data.sequence_length"
+
+    return remedy
+
+
+def _peak_flops(device: "torch.device") -> float | None:
+    if device.type != "cuda":
+        return None
+    import torch
+
+    from megatron_steel.model.flops import peak_flops
+
+    return peak_flops(torch.cuda.get_device_name(device))
+
+
+def _sees_future(config: "PretrainedConfig") -> bool:
+    return bool(getattr(config, "sees_future", False))
+
+
+def _announce(recipe: Recipe, plan: preflight.RunPlan, config: dict[str, Any], checkpoint: "Checkpoint | None") -> None:
+    from megatron_steel.train.engine import zero_stage
+
+    tokens = plan.steps * recipe.train.global_batch_size * recipe.data.sequence_length
+    dist.log.info(
+        "%s: %s parameters, %s steps, %s tokens, %d ranks, ZeRO %d, micro-batch %d x %d",
+        recipe.run.dir, f"{plan.parameters:,}", f"{plan.steps:,}", f"{tokens:,}", dist.world_size(), zero_stage(config),
+        recipe.train.micro_batch_size, config["gradient_accumulation_steps"],
+    )  # fmt: skip
+    if checkpoint:
+        dist.log.info("going on from %s", checkpoint.path)
+    if _sees_future(plan.config):
+        dist.log.warning(
+            "FFN_type %s lets every position see later tokens: the loss below is NOT a language-model loss, and cached "
+            "decoding computes another function",
+            plan.config.FFN_type,  # type: ignore[attr-defined]
+        )
+
+
+def _open_folder(folder: Path, recipe: Recipe, config: dict[str, Any], take: Callable[[Path], TextIO]) -> TextIO:
+    """Make the run folder, lock it, and write down what was resolved. Returns the lock."""
+    from megatron_steel.train.state import versions
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = take(folder)
+    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    (folder / "ds_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    environment = {"versions": versions(), "world_size": dist.world_size(), "command": sys.argv}
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+    return held
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

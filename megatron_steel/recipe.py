@@ -1,0 +1,349 @@
+"""A recipe: everything that decides a run, as frozen dataclasses read from YAML plus `key.path=value`.
+
+1. `load_recipe` finds a shipped recipe by name or opens a path, applies the overrides in order, validates
+   everything at once and raises one `SteelError` that lists every problem with the nearest known key.
+2. `Recipe` holds only what the user decides. Derived numbers (accumulation, warm-up in steps) are computed by
+   functions and never stored.
+
+Knows nothing of models, data or DeepSpeed: it checks shapes of values and the keys that exclude each other.
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from megatron_steel.errors import SteelError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Section:
+    """Refuses unknown keys when pydantic validates a subclass."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class Run(_Section):
+    dir: str = ""
+    """Run folder; `runs/NAME` of the recipe when left out."""
+    seed: int = 1234
+    """Seeds the initial weights and the order of data."""
+
+
+@dataclass(frozen=True)
+class Tokenizer(_Section):
+    path: str
+    """A Hugging Face tokenizer folder or a sentencepiece `.model`."""
+
+
+@dataclass(frozen=True)
+class Model(_Section):
+    type: str | None = None
+    """`steel` or a transformers `model_type`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of that configuration class, in its own names."""
+    path: str | None = None
+    """A folder with `config.json` instead of type and config."""
+    trust_code: bool = False
+    """Allow modelling code that lies in `model.path`."""
+    init_from: str | None = None
+    """A Hugging Face folder whose weights the run starts from."""
+
+
+@dataclass(frozen=True)
+class Prefix(_Section):
+    prefix: str
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Data(_Section):
+    train: str | list[Prefix]
+    """A `.bin`/`.idx` prefix, or a list of {prefix, weight}; no weights: every block once per epoch."""
+    sequence_length: int
+    """Tokens per sample that are predicted (a block holds one more)."""
+    validation: str | list[Prefix] | None = None
+    """Held-out prefix(es), read in the same order at every evaluation."""
+    document_mask: bool = False
+    """Documents packed into one sample do not attend to each other."""
+
+
+@dataclass(frozen=True)
+class Optim(_Section):
+    lr: float
+    """Peak learning rate."""
+    name: Literal["adamw"] = "adamw"
+    kernel: Literal["auto", "apex", "deepspeed", "torch"] = "auto"
+    """Which fused Adam; `auto` takes the fastest that is present and compiles nothing."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """`matrices`: tensors of two and more dimensions; `all`: norms and biases too."""
+    clip_grad_norm: float = 1.0
+    """Global gradient norm limit; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class Schedule(_Section):
+    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = 0
+    decay_ratio: float = 0.1
+    """`wsd`: the share of the run's steps that the final decay takes."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class Train(_Section):
+    global_batch_size: int
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: int
+    """Samples per rank and forward pass."""
+    steps: int | None = None
+    tokens: int | None = None
+    epochs: float | None = None
+    precision: Literal["fp32", "bf16"] = "bf16"
+    log_every_steps: int = 10
+    eval_every_steps: int = 500
+    eval_samples: int = 256
+    """Validation samples per evaluation (fewer when the validation data is shorter)."""
+    save_every_steps: int = 1000
+    keep_last: int = 2
+    """Whole checkpoints kept; older ones are deleted after a newer one is whole."""
+    activation_checkpointing: bool = False
+    deterministic: bool = False
+    """On a GPU: deterministic kernels, so that a resumed run repeats losses bitwise (slower)."""
+    stop_after_minutes: float | None = None
+    """Save and leave with exit code 75 after this time."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues when the run folder holds a whole checkpoint; `never` refuses a used folder."""
+
+
+@dataclass(frozen=True)
+class DeepSpeed(_Section):
+    config: str = "auto"
+    """A file of `ds_configs/` (by name or path), or `auto`: the smallest ZeRO stage that fits."""
+
+
+@dataclass(frozen=True)
+class Recipe(_Section):
+    tokenizer: Tokenizer
+    model: Model
+    data: Data
+    optim: Optim
+    train: Train
+    run: Run = field(default_factory=Run)
+    schedule: Schedule = field(default_factory=Schedule)
+    deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON; `from_dict` reads them back."""
+        return _plain(self)
+
+
+# Of the keys in one group exactly one may be set; an override of one clears the others.
+_EXCLUSIVE = (("train.steps", "train.tokens", "train.epochs"), ("model.type", "model.path"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `3e-4` as a string; this loader reads every number a Python programmer would write."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """The YAML file of a shipped name or a path. Raises SteelError when there is none."""
+    shipped = RECIPES / f"{name_or_path}.yaml"
+    if shipped.is_file() and "/" not in name_or_path:
+        return shipped
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise SteelError(
+        f"there is no recipe {name_or_path!r}",
+        "recipe",
+        f"{hint}use a YAML path or one of: {', '.join(recipe_names())}",
+    )
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `key.path=value` overrides.
+
+    Raises:
+        SteelError: unknown recipe, unreadable YAML, or a list of every unknown key, wrong type and conflict.
+    """
+    path = recipe_path(name_or_path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SteelError(f"the recipe is not YAML: {error}", path, "mend the file") from None
+    if not isinstance(tree, dict):
+        raise SteelError(
+            "the recipe is not a mapping of sections", path, "start from `megatron-steel recipes show tiny`"
+        )
+    for override in overrides:
+        _apply(tree, override)
+    recipe = from_dict(tree, where=str(path))
+    if recipe.run.dir:
+        return recipe
+    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, dir=f"runs/{path.stem}"))
+
+
+def from_dict(tree: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a tree of plain values. Raises one SteelError that lists every problem."""
+    import pydantic  # 0.2 s: kept out of `--help`
+
+    problems = _conflicts(tree)
+    try:
+        recipe = pydantic.TypeAdapter(Recipe).validate_python(tree)
+        problems += _impossible_values(recipe)
+    except pydantic.ValidationError as error:
+        problems = [_describe(dict(e)) for e in error.errors()] + problems
+    if problems:
+        what = "the recipe has problems:\n    - " + "\n    - ".join(problems)
+        raise SteelError(what, where, "mend these keys; `megatron-steel recipes show tiny` shows a whole recipe")
+    return recipe
+
+
+def accumulation_steps(train: Train, world_size: int) -> int:
+    """Micro-batches that one rank adds up per optimizer step.
+
+    Raises SteelError when global batch != micro batch x ranks x a whole number.
+    """
+    per_pass = train.micro_batch_size * world_size
+    if train.global_batch_size % per_pass:
+        fits = [m for m in range(1, train.micro_batch_size + 1) if train.global_batch_size % (m * world_size) == 0]
+        remedy = (
+            f"train.micro_batch_size={fits[-1]} fits" if fits else f"make the global batch a multiple of {world_size}"
+        )
+        raise SteelError(
+            f"a global batch of {train.global_batch_size} samples cannot be cut into micro-batches of "
+            f"{train.micro_batch_size} on {world_size} ranks ({per_pass} samples a pass)",
+            "train.global_batch_size, train.micro_batch_size",
+            remedy,
+        )
+    return train.global_batch_size // per_pass
+
+
+def _conflicts(tree: dict[str, Any]) -> list[str]:
+    problems = []
+    for group in _EXCLUSIVE:
+        if not isinstance(tree.get(group[0].split(".")[0]), dict):
+            continue  # the missing section is reported by itself
+        present = [key for key in group if _get(tree, key) is not None]
+        if len(present) != 1:
+            names = ", ".join(present) if present else "none of " + ", ".join(group)
+            problems.append(f"{names} set: exactly one of {', '.join(group)} is needed")
+    return problems
+
+
+def _impossible_values(recipe: Recipe) -> list[str]:
+    t, o, s, d = recipe.train, recipe.optim, recipe.schedule, recipe.data
+    positive = {
+        "data.sequence_length": d.sequence_length, "optim.lr": o.lr, "optim.eps": o.eps,
+        "train.global_batch_size": t.global_batch_size, "train.micro_batch_size": t.micro_batch_size,
+        "train.steps": t.steps, "train.tokens": t.tokens, "train.epochs": t.epochs,
+        "train.log_every_steps": t.log_every_steps, "train.eval_every_steps": t.eval_every_steps,
+        "train.eval_samples": t.eval_samples, "train.save_every_steps": t.save_every_steps,
+        "train.keep_last": t.keep_last, "train.stop_after_minutes": t.stop_after_minutes,
+    }  # fmt: skip
+    problems = [
+        f"{key}: {value} must be above 0" for key, value in positive.items() if value is not None and value <= 0
+    ]
+    shares = {"schedule.decay_ratio": s.decay_ratio, "schedule.min_lr_ratio": s.min_lr_ratio}
+    problems += [f"{key}: {value} is not between 0 and 1" for key, value in shares.items() if not 0 <= value <= 1]
+    not_below = {"optim.weight_decay": o.weight_decay, "optim.clip_grad_norm": o.clip_grad_norm,
+                 "schedule.warmup_steps": s.warmup_steps}  # fmt: skip
+    problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if value < 0]
+    if not all(0 <= beta < 1 for beta in o.betas):
+        problems.append(f"optim.betas: {list(o.betas)} are not both in [0, 1)")
+    for key, prefixes in (("data.train", d.train), ("data.validation", d.validation)):
+        if isinstance(prefixes, list):
+            problems += _weights_problems(key, prefixes)
+    return problems
+
+
+def _weights_problems(key: str, prefixes: list[Prefix]) -> list[str]:
+    if not prefixes:
+        return [f"{key}: the list is empty"]
+    weights = [p.weight for p in prefixes if p.weight is not None]
+    if weights and len(weights) != len(prefixes):
+        return [f"{key}: give every prefix a weight, or none"]
+    return [f"{key}: weight {w} must be above 0" for w in weights if not w > 0]
+
+
+def _describe(error: dict[str, Any]) -> str:
+    """One pydantic error as one line, with the nearest known key."""
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(part for part in path if not re.match(r"^(str|list\[|Prefix$)", part))
+    if error["type"] != "unexpected_keyword_argument":
+        return f"{key}: {error['msg']}" + ("" if error["type"] == "missing" else f" (got {error['input']!r})")
+    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+    return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def known_keys(cls: type = Recipe, before: str = "") -> list[str]:
+    """Every `section.key` of a recipe."""
+    keys = []
+    for f in dataclasses.fields(cls):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            keys += known_keys(f.type, f"{before}{f.name}.")
+        else:
+            keys.append(before + f.name)
+    return keys
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or key.startswith("-") or not all(part.isidentifier() for part in key.split(".")):
+        raise SteelError(
+            f"{override!r} is not an override", "command line", "write key.path=value, as in optim.lr=3e-4"
+        )
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise SteelError(f"the value of {override!r} is not YAML", key, "quote it, or write a list as [a, b]") from None
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        if not isinstance(node.get(section), dict):
+            node[section] = {}
+        node = node[section]
+    for group in _EXCLUSIVE:
+        if key in group and value is not None:
+            for other in group:
+                node.pop(other.split(".")[1], None)
+    node[name] = value
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return dict(value) if isinstance(value, dict) else value

@@ -1,0 +1,172 @@
+"""One DeepSpeed dict from the recipe and a file of `ds_configs/`, and the engine made from it.
+
+1. `read_config` finds the file and refuses keys that the recipe owns and values of "auto".
+2. `engine_config` adds what the recipe owns: batch sizes, precision, clipping.
+3. `start_engine` builds the optimizer and hands the model to DeepSpeed.
+
+The file owns sharding, offload and communication; the recipe owns everything else; no key has two owners.
+"""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_steel import dist
+from megatron_steel.errors import SteelError
+from megatron_steel.recipe import Optim, Recipe, accumulation_steps
+from megatron_steel.train import optimizer
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed import DeepSpeedEngine
+
+# DeepSpeed's key -> the recipe's key that decides it.
+RECIPE_OWNS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "gradient_clipping": "optim.clip_grad_norm",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "steps_per_print": "train.log_every_steps",
+    "tensorboard": "run.dir",
+    "wandb": "run.dir",
+    "csv_monitor": "run.dir",
+    "checkpoint": "train.resume",
+}
+_BYTES_PER_PARAMETER = 16  # bf16 weight and gradient, fp32 weight, two moments (ZeRO paper, arXiv 1910.02054, 3.1)
+
+
+def shipped_configs() -> list[str]:
+    """Names of the files in `ds_configs/` that the wheel packs."""
+    return sorted(file.name for file in _config_folder().glob("*.json"))
+
+
+def read_config(name_or_path: str) -> dict[str, Any]:
+    """A file of `ds_configs/`, by path or shipped name.
+
+    Raises SteelError: no such file, not JSON, a key that the recipe owns, or a value of "auto".
+    """
+    path = Path(name_or_path)
+    if not path.is_file() and str(path.parent) in (".", "ds_configs"):
+        path = _config_folder() / path.name
+    if not path.is_file():
+        raise SteelError(f"there is no DeepSpeed file {name_or_path!r}", "deepspeed.config",
+                         f"use a path, auto, or one of: {', '.join(shipped_configs())}")  # fmt: skip
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise SteelError(f"the DeepSpeed file is not JSON: {error}", name_or_path, "mend the file") from None
+    for key in config:
+        if key in RECIPE_OWNS:
+            raise SteelError(f"the DeepSpeed file sets {key!r}, which the recipe decides", name_or_path,
+                             f"delete it there and set {RECIPE_OWNS[key]} in the recipe")  # fmt: skip
+    _refuse_auto(config, name_or_path)
+    return config
+
+
+def engine_config(recipe: Recipe, file: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The whole dict for `deepspeed.initialize`: the file plus what the recipe owns.
+
+    Raises SteelError when the global batch cannot be cut into micro-batches on this many ranks.
+    """
+    stage = zero_stage(file)
+    config = {
+        **file,
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(recipe.train, world_size),
+        "gradient_clipping": recipe.optim.clip_grad_norm,
+        "steps_per_print": 1 << 60,  # the loop prints
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,  # offload runs on torch's AdamW where no compiler is
+    }
+    if recipe.train.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        if stage > 0:  # stage 0 has no fp32 gradient buffer and refuses the key
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return device not in ("none", None)
+
+
+def smallest_stage_that_fits(parameters: int, activation_bytes: int, device_bytes: int, world_size: int) -> str:
+    """`deepspeed.config: auto`: the first of zero1, zero2, zero3, zero3_offload whose states and activations fit.
+
+    Stage 0 is left out because it accumulates gradients in bf16. States per rank as in the ZeRO paper (arXiv
+    1910.02054, figure 1), with fp32 gradients; a tenth of the device stays free.
+    """
+    p, n = parameters, world_size
+    needs = {
+        "zero1.json": 2 * p + 4 * p + 12 * p / n,
+        "zero2.json": 2 * p + (4 * p + 12 * p) / n,
+        "zero3.json": (_BYTES_PER_PARAMETER + 2) * p / n,
+    }
+    for name, states in needs.items():
+        if states + activation_bytes <= 0.9 * device_bytes:
+            return name
+    return "zero3_offload.json"
+
+
+def start_engine(
+    model: "torch.nn.Module", groups: list[dict[str, Any]], optim: Optim, config: dict[str, Any], device: "torch.device"
+) -> "DeepSpeedEngine":
+    """Shard the model and start DeepSpeed.
+
+    Args:
+        model: the full fp32 model, the same on every rank.
+        groups: its parameters, each group with its own `weight_decay`.
+        config: the whole dict of `engine_config`.
+    """
+    deepspeed = quiet_deepspeed(device)
+    offload = offloads_optimizer(config)
+    kernel = dist.together(lambda: optimizer.choose(optim.kernel, device.type, offload))
+    assert kernel is not None
+    dist.log.info("optimizer: AdamW by %s%s", kernel, " (optim.kernel: auto)" if optim.kernel == "auto" else "")
+    adam = optimizer.build(kernel, groups, optim, device.type, offload)
+    return deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
+
+
+def quiet_deepspeed(device: "torch.device") -> Any:
+    """Import DeepSpeed so that it neither compiles anything on a CPU nor talks about its internals."""
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, per step
+    if device.type == "cpu":
+        # Its shared-memory collectives are compiled at start and need a C++ compiler; gloo does the same work.
+        # The table is internal to DeepSpeed, hence the pin in pyproject.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _config_folder() -> Path:
+    """`ds_configs/` of a checkout, or the copy inside an installed wheel."""
+    package = Path(__file__).parent.parent
+    packed = package / "ds_configs"
+    return packed if packed.is_dir() else package.parent / "ds_configs"
+
+
+def _refuse_auto(value: Any, where: str, key: str = "") -> None:
+    if value == "auto":
+        raise SteelError(f"the DeepSpeed file leaves {key!r} to 'auto', which only the Hugging Face Trainer fills in",
+                         where, "write a number, or delete the key for DeepSpeed's default")  # fmt: skip
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_auto(inner, where, f"{key}.{name}".lstrip("."))

@@ -1,0 +1,225 @@
+"""Pretrain and validate, top to bottom.
+
+1. `fit` walks the steps: fetch the global batch, `train_step`, log, validate, save, ask for a stop.
+2. `train_step` sums token losses over micro-batches and ranks and divides by the tokens of the whole batch, so
+   that the loss is a mean over tokens and not a mean of means.
+3. `validate` does the same over held-out samples, without gradients.
+
+Knows nothing of how data is ordered, how a model is built or how a checkpoint is committed.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megatron_steel import dist
+from megatron_steel.errors import Stopped, TrainingError
+from megatron_steel.recipe import Recipe
+from megatron_steel.train.monitor import Monitor, progress_line
+from megatron_steel.train.optimizer import learning_rate
+from megatron_steel.train.watch import Watch
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed import DeepSpeedEngine
+
+Batch = dict[str, "torch.Tensor"]
+
+
+@dataclass
+class Job:
+    """Everything the loop is handed; `pretrain` builds it.
+
+    `batches()` yields this rank's micro-batches of the next step; `validation()` yields its validation
+    micro-batches, equally many on every rank. `save(step, tokens)` commits a checkpoint.
+    """
+
+    engine: "DeepSpeedEngine"
+    recipe: Recipe
+    monitor: Monitor
+    watch: Watch
+    batches: Iterator[list[Batch]]
+    validation: Callable[[], Iterator[Batch]] | None
+    save: Callable[[int, int], Any]
+    position: Callable[[], dict[str, float]]
+    out_of_memory: Callable[[], str]
+    steps: int
+    step: int = 0
+    tokens: int = 0
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None
+    clock: "Clock" = field(default_factory=lambda: Clock())
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one global batch: mean loss per token (float64 scalar, still on the device), tokens, learning rate, and
+    the gradient norm where DeepSpeed does not keep it."""
+
+    loss: "torch.Tensor"
+    tokens: int
+    lr: float
+    grad_norm: float | None
+
+
+class Clock:
+    """Seconds per part of a step, summed since the last `take`."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Mean seconds per step of each part and of the whole, and start over."""
+        now = time.perf_counter()
+        means = {f"seconds_{name}": total / steps for name, total in self._parts.items()}
+        means["seconds_step"] = (now - self._since) / steps
+        self._parts, self._since = {}, now
+        return means
+
+
+def fit(job: Job) -> None:
+    """Train from `job.step` to `job.steps`. Raises Stopped after the save that a stop request asked for."""
+    train = job.recipe.train
+    logged_at = job.step
+    job.clock.take(1)
+    while job.step < job.steps:
+        job.step += 1
+        done = train_step(job)
+        job.tokens += done.tokens
+        last = job.step == job.steps
+        if job.step % train.log_every_steps == 0 or last:
+            log_step(job, done, job.step - logged_at)
+            logged_at = job.step
+        if job.validation and (job.step % train.eval_every_steps == 0 or last):
+            validate(job)
+        stop = job.watch.agreed_stop()
+        if stop or last or job.step % train.save_every_steps == 0:
+            with job.clock.part("save"):
+                job.save(job.step, job.tokens)
+        if stop and not last:
+            reason = next(r for r in dist.gather(job.watch.stop_wanted()) if r)
+            raise Stopped(f"stopped at step {job.step} of {job.steps} on request ({reason})")
+
+
+def train_step(job: Job) -> StepResult:
+    """One optimizer step over this rank's micro-batches of the next global batch."""
+    import torch
+
+    engine, recipe = job.engine, job.recipe
+    with job.clock.part("data"):
+        micro_batches = next(job.batches)
+    tokens = int(dist.sum_over_ranks([float(sum(int((b["labels"] != -100).sum()) for b in micro_batches))])[0])
+    torch.manual_seed((recipe.run.seed * 1_000_003 + job.step) * 8191 + dist.rank())  # dropout: same after a resume
+    lr = learning_rate(job.step, recipe.schedule, recipe.optim.lr, job.steps)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    # DeepSpeed divides by ranks and micro-batches; multiplying first leaves sum / tokens.
+    scale = dist.world_size() * len(micro_batches) / max(1, tokens)
+    norm = None
+    try:
+        for batch in micro_batches:
+            with job.clock.part("forward"):
+                loss = engine(**to_device(batch, engine.device))
+            loss_sum += loss.detach()
+            with job.clock.part("backward"):
+                engine.backward(loss * scale)
+            with job.clock.part("optimizer"):
+                norm = apply_step(engine)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"out of memory in step {job.step}: {str(error).splitlines()[0]}",
+                            f"train.micro_batch_size={recipe.train.micro_batch_size}", job.out_of_memory()) from error  # fmt: skip
+    applied = engine.was_step_applied() and (norm is None or math.isfinite(norm))
+    job.watch.step_done(job.step, applied)
+    torch.distributed.all_reduce(loss_sum)
+    return StepResult(loss_sum / max(1, tokens), tokens, lr, norm)
+
+
+def validate(job: Job) -> float:
+    """Mean loss per token over the validation samples; logged under `validation_loss`."""
+    import torch
+
+    assert job.validation is not None
+    engine = job.engine
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    engine.eval()
+    with torch.no_grad(), job.clock.part("validation"):
+        for batch in job.validation():
+            sums[0] += engine(**to_device(batch, engine.device))
+            sums[1] += (batch["labels"] != -100).sum()
+    engine.train()
+    torch.distributed.all_reduce(sums)
+    loss = float(sums[0] / sums[1])
+    job.monitor.scalars(job.step, {"tokens": job.tokens, "validation_loss": loss})
+    dist.log.info("step %6d/%d | validation loss %.4f over %d tokens", job.step, job.steps, loss, int(sums[1]))
+    return loss
+
+
+def log_step(job: Job, done: StepResult, steps: int) -> None:
+    """Send out the numbers of the last step, and the mean times of the last `steps` steps."""
+    import torch
+
+    if job.engine.device.type == "cuda":
+        torch.cuda.synchronize()  # only here: the parts are host times, their sum is true at the logging step
+    parts = job.clock.take(steps)
+    tokens_per_second = done.tokens / parts["seconds_step"]
+    norm = done.grad_norm if done.grad_norm is not None else float(job.engine.get_global_grad_norm())
+    row = {
+        "tokens": float(job.tokens),
+        "loss": float(done.loss),
+        "lr": done.lr,
+        "grad_norm": norm,
+        "tokens_per_second": tokens_per_second,
+        **parts,
+        **job.position(),
+        "memory_gib": memory_gib(job.engine.device),
+        "skipped_steps": float(job.watch.skipped_steps),
+    }
+    if job.peak_flops:
+        row["share_of_peak"] = tokens_per_second * job.flops_per_token / (job.peak_flops * dist.world_size())
+    job.monitor.scalars(job.step, row)
+    dist.log.info("%s", progress_line(job.step, job.steps, row, (job.steps - job.step) * parts["seconds_step"]))
+
+
+def apply_step(engine: "DeepSpeedEngine") -> float | None:
+    """`engine.step()`. Returns the gradient norm only where DeepSpeed does not keep it: fp32 at stage 0.
+
+    There it neither measures the norm nor leaves out a step with non-finite gradients, so we do.
+    """
+    import torch
+
+    norm = None
+    plain = isinstance(engine.optimizer, torch.optim.Optimizer) and not engine.zero_optimization()
+    if plain and engine.bfloat16_enabled() is False and engine.is_gradient_accumulation_boundary():
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            for p in engine.module.parameters():
+                p.grad = None
+    engine.step()
+    return norm
+
+
+def to_device(batch: Batch, device: "torch.device") -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def memory_gib(device: "torch.device") -> float:
+    """Peak memory of this rank since its start: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

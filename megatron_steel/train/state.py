@@ -1,0 +1,106 @@
+"""Save and load a run: DeepSpeed's files inside a committed checkpoint, and what else the run needs to go on.
+
+The manifest carries step, tokens, the order of data (a few numbers) and the recipe; DeepSpeed's files carry
+weights and optimizer. Nothing random is saved: each step seeds the generators from (seed, step, rank).
+"""
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_steel import __version__, dist
+from megatron_steel.checkpoint import commit
+from megatron_steel.checkpoint.zero import CLIENT_STATE
+from megatron_steel.errors import SteelError
+from megatron_steel.recipe import Recipe
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_MUST_NOT_CHANGE = ("model", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimizer steps, tokens trained on, and the order of data as plain values."""
+
+    step: int
+    tokens: int
+    order: dict[str, Any]
+
+
+def save(
+    engine: "DeepSpeedEngine",
+    folder: Path,
+    progress: Progress,
+    facts: dict[str, Any],
+    group_names: list[list[str]],
+    keep_last: int,
+) -> Path:
+    """Commit a checkpoint and prune older ones; a collective call. Returns the published folder.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        facts: what else the manifest shall say (recipe, data sets, world size, ...).
+        group_names: parameter names per optimizer group, in the groups' order.
+    """
+    client_state = {CLIENT_STATE: {"group_names": group_names}}
+
+    def write_files(aside: Path) -> None:
+        # `latest` is DeepSpeed's pointer, written before all ranks are done: never made, never read.
+        engine.save_checkpoint(str(aside), tag=commit.ENGINE, client_state=client_state, save_latest=False)
+
+    entry = {"tokens": progress.tokens, "order": progress.order, **facts, "versions": versions()}
+    path = commit.write(folder, progress.step, write_files, entry)
+    if dist.is_main():
+        commit.prune(folder, keep_last)
+    return path
+
+
+def find(folder: Path) -> commit.Checkpoint | None:
+    """The newest whole checkpoint, the same on every rank; a damaged one is named and passed over."""
+    found = dist.together(lambda: commit.newest_whole(folder), only=dist.is_main())
+    checkpoint, passed_over = dist.gather(found)[0] or (None, [])
+    for problem in passed_over:
+        dist.log.warning("passed over a checkpoint: %s", problem)
+    if checkpoint is None and passed_over:
+        raise SteelError(f"none of the {len(passed_over)} checkpoints is whole", folder,
+                         "move them away to start from the beginning")  # fmt: skip
+    return checkpoint
+
+
+def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progress:
+    """Load weights and optimizer from a verified checkpoint."""
+    loaded, client_state = engine.load_checkpoint(str(checkpoint.path), tag=commit.ENGINE)
+    if loaded is None or CLIENT_STATE not in client_state:
+        raise SteelError("DeepSpeed did not load the checkpoint", checkpoint.path, "use another checkpoint")
+    manifest = checkpoint.manifest
+    return Progress(checkpoint.step, manifest["tokens"], manifest["order"])
+
+
+def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, stage: int) -> None:
+    """Raise SteelError naming the first thing that cannot change between a checkpoint and its continuation."""
+    manifest, now = checkpoint.manifest, recipe.to_dict()
+    for section in _MUST_NOT_CHANGE:
+        before = manifest["recipe"][section]
+        for key in sorted({*before, *now[section]} - {"init_from"}):
+            if before.get(key) != now[section].get(key):
+                raise SteelError(f"{section}.{key} was {before.get(key)!r} and is now {now[section].get(key)!r}",
+                                 checkpoint.path, "restore it, or start another run with run.dir=...")  # fmt: skip
+    world, zero = manifest["world_size"], manifest["zero_stage"]
+    if (world, zero, manifest["recipe"]["train"]["precision"]) != (dist.world_size(), stage, recipe.train.precision):
+        raise SteelError(
+            f"the checkpoint was written by {world} ranks with ZeRO stage {zero} in {manifest['recipe']['train']['precision']}; "
+            f"this is {dist.world_size()} ranks with stage {stage} in {recipe.train.precision}",
+            checkpoint.path,
+            "resume with the same number of ranks, stage and precision",
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shaped the numbers."""
+    names = ("torch", "deepspeed", "transformers", "numpy")
+    return {"megatron_steel": __version__, "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in names}}  # fmt: skip

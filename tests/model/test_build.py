@@ -1,0 +1,159 @@
+"""Recipes become configurations and models; what cannot be built is one clear error."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_steel.errors import SteelError
+from megatron_steel.model.build import build_config, build_model, decay_groups
+from megatron_steel.recipe import Model
+
+STEEL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = STEEL | {"num_key_value_heads": 2}
+
+
+def steel(**changes):
+    return build_config(Model(type="steel", config=STEEL | changes))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Model(type="steele"), r"model.type\n.*did you mean steel\?"),
+        (Model(type="lama"), r"did you mean llama\?"),
+        (Model(type="t5"), "no causal language model"),
+        (Model(type="steel", config={"hiden_size": 8}), r"model.config.hiden_size\n.*did you mean hidden_size\?"),
+        (Model(type="llama", config={"hiden_size": 8}), r"model.config.hiden_size\n.*did you mean hidden_size\?"),
+        (Model(type="steel", config={"FFN_type": "softmoe_v9"}), r"softmoe_v9.*\n.*model.config.FFN_type"),
+        (Model(type="steel", config={"slots_per_expert": 0}), "model.config.slots_per_expert"),
+        (Model(type="steel", config={"hidden_size": 30, "num_attention_heads": 4}), "model.config.hidden_size"),
+        (
+            Model(type="llama", config={"hidden_size": 30, "num_attention_heads": 4}),
+            "LlamaConfig refuses|not a multiple",
+        ),
+        (Model(path="/nowhere"), "no readable config.json"),
+        (Model(path="/nowhere", config={"hidden_size": 8}), "cannot change a model"),
+    ],
+)
+def test_bad_model_sections(model, message):
+    with pytest.raises(SteelError, match=message):
+        build_config(model)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
+    assert build_config(Model(type="steel", config=STEEL), tokenizer_vocab_size=64).vocab_size == 64
+    with pytest.raises(SteelError, match=r"65 entries and the model's vocabulary only 64"):
+        build_config(Model(type="steel", config=STEEL), tokenizer_vocab_size=65)
+
+
+def test_old_and_new_names_of_the_rotary_base():
+    config = build_config(Model(type="llama", config=LLAMA | {"rope_theta": 123.0}))
+    assert (getattr(config, "rope_parameters", None) or vars(config))["rope_theta"] == 123.0
+    assert steel(rope_theta=5.0).rope_parameters["rope_theta"] == 5.0
+
+
+def test_folder_with_a_known_class_and_with_steel(tmp_path):
+    build_config(Model(type="llama", config=LLAMA)).save_pretrained(tmp_path / "llama")
+    assert build_config(Model(path=str(tmp_path / "llama"))).model_type == "llama"
+    steel(FFN_type="softmoe_v1").save_pretrained(tmp_path / "steel")
+    config = build_config(Model(path=str(tmp_path / "steel")))
+    assert (type(config).__module__, config.FFN_type) == ("megatron_steel.model.configuration_steel", "softmoe_v1")
+
+
+FOREIGN = {
+    "configuration_odd.py": "from transformers import PretrainedConfig\nclass OddConfig(PretrainedConfig):\n"
+    "    model_type = 'odd'\n    def __init__(self, vocab_size=7, hidden_size=4, **k):\n"
+    "        self.vocab_size, self.hidden_size = vocab_size, hidden_size\n        super().__init__(**k)\n",
+    "modeling_odd.py": "import torch\nfrom transformers import PreTrainedModel\n"
+    "from transformers.modeling_outputs import CausalLMOutput\nfrom .configuration_odd import OddConfig\n"
+    "class OddForCausalLM(PreTrainedModel):\n    config_class = OddConfig\n    def __init__(self, config):\n"
+    "        super().__init__(config)\n        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)\n"
+    "        self.post_init()\n    def get_input_embeddings(self):\n        return self.embed\n"
+    "    def forward(self, input_ids, **k):\n"
+    "        return CausalLMOutput(logits=self.embed(input_ids) @ self.embed.weight.T)\n",
+}
+
+
+def test_foreign_code_needs_trust(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name, code in FOREIGN.items():
+        (folder / name).write_text(code)
+    auto = {"AutoConfig": "configuration_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": auto, "vocab_size": 9}))
+    with pytest.raises(SteelError, match=r"brings its own code(.|\n)*model.trust_code=true"):
+        build_config(Model(path=str(folder)))
+    config = build_config(Model(path=str(folder), trust_code=True))
+    model = build_model(config, seed=1)
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 9)
+
+
+def test_a_seed_is_a_model_and_the_caller_s_randomness_is_left_alone():
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    models = [build_model(steel(), seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    one, same, other = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert {p.dtype for p in models[0].parameters()} == {torch.float32}
+    assert {p.device.type for p in models[0].parameters()} == {"cpu"}
+
+
+def test_weights_are_fp32_even_where_the_folder_says_bfloat16(tmp_path):
+    config = build_config(Model(type="llama", config=LLAMA))
+    config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    model = build_model(build_config(Model(path=str(tmp_path))), seed=1)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["steel", "llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_init_from_takes_every_weight(tmp_path, kind, tied):
+    config = build_config(Model(type=kind, config=LLAMA | {"tie_word_embeddings": tied}))
+    source = build_model(config, seed=1)
+    source.save_pretrained(tmp_path)
+    model = build_model(config, seed=2, init_from=str(tmp_path))
+    for (name, a), (_, b) in zip(source.state_dict().items(), model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_init_from_refuses_other_tensors(tmp_path):
+    build_model(steel(), seed=1).save_pretrained(tmp_path)
+    with pytest.raises(SteelError, match="mismatched: "):
+        build_model(steel(vocab_size=65), seed=1, init_from=str(tmp_path))
+    with pytest.raises(SteelError, match=r"missing: model.layers.2"):
+        build_model(steel(num_hidden_layers=3), seed=1, init_from=str(tmp_path))
+    with pytest.raises(SteelError, match=r"unexpected: model.layers.1"):
+        build_model(steel(num_hidden_layers=1), seed=1, init_from=str(tmp_path))
+    with pytest.raises(SteelError, match="no Hugging Face model"):
+        build_model(steel(), seed=1, init_from=str(tmp_path / "nowhere"))
+
+
+def test_decay_groups():
+    model = build_model(steel(FFN_type="softmoe_v3", tie_word_embeddings=True), seed=1)
+    decayed, others = decay_groups(model, 0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in others["params"]} == {
+        "q_proj", "k_proj", "v_proj", "mlp", "input_layernorm", "post_attention_layernorm", "norm",
+    }  # biases, the scale of the router, norms  # fmt: skip
+    together = [id(p) for group in (decayed, others) for p in group["params"]]
+    assert sorted(together) == sorted(id(p) for p in model.parameters())  # each once, tied ones too
+    (everything,) = decay_groups(model, 0.05, on="all")
+    assert everything["weight_decay"] == 0.05
+    assert len(everything["params"]) == len(together)
+
+
+def test_decay_groups_remember_the_shape_of_cut_parameters():
+    layer = nn.Linear(4, 4)
+    layer.weight.data, layer.weight.ds_shape = torch.zeros(16), torch.Size([4, 4])
+    layer.bias.requires_grad_(False)
+    (group,) = decay_groups(layer, 0.1)
+    assert group == {"params": [layer.weight], "weight_decay": 0.1}

@@ -1,0 +1,155 @@
+"""The chunked head equals a plain linear layer, fp32 softmax and cross-entropy: value and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_steel.model.head import ChunkedHead
+
+# (batch, tokens, hidden, words, chunk): chunks that divide the tokens, that leave a rest, that are larger than all
+SHAPES = [(2, 8, 16, 40, 4), (3, 7, 12, 33, 5), (1, 1, 8, 3, 4096), (2, 9, 24, 101, 1)]
+
+
+def plain_loss(hidden, weight, bias, labels, scale=1.0, cap=None):
+    logits = F.linear(hidden, weight, bias).float() * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return F.cross_entropy(logits.reshape(-1, weight.shape[0]), labels.reshape(-1), ignore_index=-100, reduction="sum")
+
+
+def make(shape, bias=False, dtype=torch.float32, **settings):
+    B, T, H, V, chunk = shape
+    torch.manual_seed(B * T * V)
+    linear = nn.Linear(H, V, bias=bias).to(dtype)
+    hidden = torch.randn(B, T, H).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (B, T))
+    if T > 1:
+        labels[0, 1] = labels[-1, -1] = -100
+    return ChunkedHead(linear, chunk_tokens=chunk, **settings), hidden, labels
+
+
+def gradients(loss, head, hidden, upstream):
+    wanted = [hidden, head.weight] + ([] if head.bias is None else [head.bias])
+    return torch.autograd.grad(loss * upstream, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.125, None), (1.0, 3.0), (2.0, 1.5)])
+def test_loss_and_gradients_equal_the_plain_loss_in_fp32(shape, bias, scale, cap):
+    head, hidden, labels = make(shape, bias, logit_scale=scale, logit_cap=cap)
+    upstream = 0.37  # gradients must be scaled by what comes from above
+    loss = head(hidden, labels)
+    plain = plain_loss(hidden, head.weight, head.bias, labels, scale, cap)
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-5)
+    for mine, theirs in zip(
+        gradients(loss, head, hidden, upstream), gradients(plain, head, hidden, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("chunk", "factor"), [(128, 1.1), (16, 2.5)])
+def test_in_bf16_the_error_is_that_of_bf16_itself(chunk, factor):
+    """Both ways in bf16 against the same weights in fp32.
+
+    In one chunk the gradients are as good as autograd's; in eight the weight's gradient, which is rounded to bf16
+    after every chunk, is less than 2.5 times as far off (sqrt(8) = 2.8 is what independent roundings would give).
+    """
+    head, hidden, labels = make((4, 32, 64, 300, chunk), bias=True, dtype=torch.bfloat16)
+    exact = [t.detach().float().requires_grad_() for t in (hidden, head.weight, head.bias)]
+    truth = plain_loss(*exact, labels)
+    truth_grads = torch.autograd.grad(truth, exact)
+    loss = head(hidden, labels)
+    plain = plain_loss(hidden, head.weight, head.bias, labels)
+    assert abs(loss - truth) / truth < 1e-4
+    mine, theirs = gradients(loss, head, hidden, 1.0), gradients(plain, head, hidden, 1.0)
+    for a, b, t in zip(mine, theirs, truth_grads, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.float() - t).norm() <= factor * (b.float() - t).norm()
+        assert (a.float() - t).norm() / t.norm() < 0.01
+
+
+def test_large_logits_do_not_overflow():
+    head, hidden, labels = make(SHAPES[0])
+    hidden = (hidden.detach() * 1e4).requires_grad_()
+    loss = head(hidden, labels)
+    torch.testing.assert_close(loss, plain_loss(hidden, head.weight, None, labels), rtol=1e-6, atol=0)
+    assert all(g.isfinite().all() for g in gradients(loss, head, hidden, 1.0))
+
+
+def test_all_ignored_is_zero_loss_and_zero_gradient():
+    head, hidden, labels = make(SHAPES[1])
+    loss = head(hidden, torch.full_like(labels, -100))
+    assert loss.item() == 0.0
+    assert all(g.abs().max() == 0 for g in gradients(loss, head, hidden, 1.0))
+
+
+def test_without_labels_the_logits_are_those_of_the_linear_layer():
+    head, hidden, _ = make(SHAPES[0], bias=True, logit_scale=0.5)
+    assert torch.equal(head(hidden), F.linear(hidden, head.weight, head.bias))
+
+
+def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept():
+    head, hidden, labels = make(SHAPES[1])
+    with torch.no_grad():
+        quiet = head(hidden, labels)
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, head(hidden, labels).detach())
+
+
+def test_a_frozen_weight_gets_no_gradient():
+    head, hidden, labels = make(SHAPES[1])
+    head.weight.requires_grad_(False)
+    head(hidden, labels).backward()
+    assert head.weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_all_logits_are_never_alive(monkeypatch):
+    """No chunk computes more than its own rows of logits."""
+    head, hidden, labels = make((3, 7, 12, 33, 5))
+    rows = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
+    head(hidden, labels).backward()
+    assert rows == [5, 5, 5, 5, 1]
+
+
+def test_names_and_objects_of_the_parameters_are_kept():
+    linear = nn.Linear(4, 6)
+    head = ChunkedHead(linear)
+    assert head.weight is linear.weight
+    assert head.bias is linear.bias
+    assert list(head.state_dict()) == ["weight", "bias"]
+
+
+def test_tied_weight_gathers_both_gradients():
+    embed = nn.Embedding(11, 8)
+    linear = nn.Linear(8, 11, bias=False)
+    linear.weight = embed.weight
+    head = ChunkedHead(linear, chunk_tokens=3)
+    ids, labels = torch.randint(0, 11, (2, 5)), torch.randint(0, 11, (2, 5))
+    head(embed(ids), labels).backward()
+    mine, embed.weight.grad = embed.weight.grad, None
+    plain_loss(embed(ids), embed.weight, None, labels).backward()
+    torch.testing.assert_close(mine, embed.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_fp32():
+    head, hidden, labels = make((2, 16, 32, 50, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head(hidden, labels)
+    loss.backward()
+    assert head.weight.grad.dtype == hidden.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, plain_loss(hidden, head.weight, None, labels), rtol=2e-3, atol=0)
+
+
+def test_a_second_backward_is_refused():
+    head, hidden, labels = make(SHAPES[1])
+    loss = head(hidden, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="cannot run twice"):
+        loss.backward()
