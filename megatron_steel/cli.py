@@ -16,7 +16,12 @@ from megatron_steel import __version__, dist
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input)."""
     parser = _parser()
-    arguments = vars(parser.parse_args(argv))
+    known, rest = parser.parse_known_args(argv)
+    if rest and (known.action is not pretrain or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments = vars(known)
+    if rest:  # overrides that stand behind --dry-run
+        arguments["overrides"] = [*known.overrides, *rest]
     action: Callable[..., None] = arguments.pop("action")
     dist.set_up_logging()
     return dist.exit_code(lambda: action(**arguments))
@@ -118,10 +123,10 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(tokenize, "jsonl, parquet or text to PREFIX.bin/.idx")
     p.add_argument("inputs", nargs="+", metavar="INPUT")
-    p.add_argument("--tokenizer", required=True, metavar="DIR_OR_MODEL")
-    p.add_argument("--output", required=True, metavar="PREFIX")
+    p.add_argument("--tokenizer", dest="tokenizer_path", required=True, metavar="DIR_OR_MODEL")
+    p.add_argument("--output", dest="output_prefix", required=True, metavar="PREFIX")
     p.add_argument("--text-key", default="text", help="the column or key that holds the text (default: text)")
-    p.add_argument("--workers", type=int, default=1)
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     p.add_argument("--validation-ratio", type=float, default=0.0,
                    help="share of documents for PREFIX-validation, chosen by content (default: 0)")  # fmt: skip
 

@@ -297,7 +297,7 @@ def _describe(error: dict[str, Any]) -> str:
     key = ".".join(part for part in path if not re.match(r"^(str|list\[|Prefix$)", part))
     if error["type"] != "unexpected_keyword_argument":
         return f"{key}: {error['msg']}" + ("" if error["type"] == "missing" else f" (got {error['input']!r})")
-    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(re.sub(r"\.\d+\.", ".", key), _ALL_KEYS, n=1, cutoff=0.5)
     return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
 
 
@@ -310,6 +310,9 @@ def known_keys(cls: type = Recipe, before: str = "") -> list[str]:
         else:
             keys.append(before + f.name)
     return keys
+
+
+_ALL_KEYS = [*known_keys(), "data.train.prefix", "data.train.weight", "data.validation.prefix", "data.validation.weight"]
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -332,6 +335,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if key in group and value is not None:
             for other in group:
                 node.pop(other.split(".")[1], None)
+    if key == "model.path":
+        node.pop("config", None)  # it belongs to the type that the path replaces
     node[name] = value
 
 

@@ -7,7 +7,8 @@ From the sample number down to tokens (segments.py opens segments, order_json.py
 2. Inside a segment `Interleave` says which data set draws sample n and how many draws it made before (blend.py).
 3. A data set's draws go through its **epochs**, one finished before the next begins: with T tokens and sequence
    length L an epoch has (T - L) // L blocks, and draw j of epoch e is block permute(j) under a key of
-   (seed, data set, e). Block k is the L + 1 tokens from offset(e) + kL, with 0 <= offset(e) < L from a hash.
+   (seed, data set, e). Block k is the L + 1 tokens from offset(e) + kL, with 0 <= offset(e) < L from a hash;
+   the fewer than 2L tokens before the first and after the last block sit that epoch out.
 
 **Counters.** Where a data set stands is (epoch, blocks drawn of it). A segment stores them as they were at its
 start, for every data set the run has ever seen, so that one taken out and put back goes on where it was.

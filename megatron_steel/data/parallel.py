@@ -9,7 +9,7 @@ import multiprocessing.connection
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -22,10 +22,10 @@ _state: list[Any] = []  # in a worker: what `prepare` made there, once
 
 def in_order(
     work: Callable[[Any, Any], T], items: Iterable[Any], workers: int, prepare: Callable[[Any], Any], argument: Any
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yield `work(item, prepare(argument))` for each item; `prepare` runs once in each process.
 
-    Raises what `work` raises, and SteelError when a worker process dies.
+    Closing it waits for the items under way. Raises what `work` raises, and SteelError when a worker process dies.
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(prepare, argument))

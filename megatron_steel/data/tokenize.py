@@ -12,13 +12,14 @@ skipped and named; too many fail the job. A killed job leaves `PREFIX.parts/` al
 input uses the parts that were finished. Must not know the byte format.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def _make_parts(
     if found:
         log.info("%d of %d parts of an earlier attempt are used again", len(found), len(bundles))
     todo = [(i, bundle, job) for i, bundle in enumerate(bundles) if i not in found]
-    results: Iterator[list[parts.Outcome]]
+    results: Generator[list[parts.Outcome], None, None]
     if min(workers, len(todo)) <= 1:
         results = (parts.make(item, tokenizer) for item in todo)
     else:
@@ -132,14 +133,14 @@ def _make_parts(
     progress = _Progress(sum(unit.size for _, bundle, _ in todo for unit in bundle))
     report = _Report(job.text_key, max_malformed_ratio)
     made = []
-    for i, bundle in enumerate(bundles):
-        outcomes = found.get(i) or next(results)
-        made.append(outcomes)
-        if i not in found:
-            progress.add(outcomes, bundle)
-        for unit, outcome in zip(bundle, outcomes, strict=True):
-            report.add(unit, outcome)
-    next(results, None)  # nothing comes: it lets the workers go
+    with contextlib.closing(results):  # no worker writes any more once this is left, error or not
+        for i, bundle in enumerate(bundles):
+            outcomes = found.get(i) or next(results)
+            made.append(outcomes)
+            if i not in found:
+                progress.add(outcomes, bundle)
+            for unit, outcome in zip(bundle, outcomes, strict=True):
+                report.add(unit, outcome)
     report.finish()
     return made
 

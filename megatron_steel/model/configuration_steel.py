@@ -47,7 +47,7 @@ class SteelConfig(PretrainedConfig):
     """
 
     model_type = "steel"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the Trainer adds a list to it)
 
     def __init__(
         self,
@@ -104,16 +104,15 @@ class SteelConfig(PretrainedConfig):
         self.use_cache = use_cache
         self._refuse_impossible_values()
         kwargs.setdefault("auto_map", dict(_AUTO_MAP))
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings,
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            **kwargs,
-        )
-        # Not every transformers version keeps these four for a class that does not declare them.
-        self.tie_word_embeddings = tie_word_embeddings
-        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        shared: dict[str, Any] = {
+            "tie_word_embeddings": tie_word_embeddings,
+            "pad_token_id": pad_token_id,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+        }
+        super().__init__(**shared, **kwargs)
+        for name, value in shared.items():  # not every transformers keeps what the class does not declare
+            setattr(self, name, value)
 
     @property
     def sees_future(self) -> bool:

@@ -10,6 +10,7 @@ without the causal mask; `causal` has half of it. Everything is counted on the m
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,9 +49,9 @@ class FlopsPerToken:
 def parameters(config: PretrainedConfig) -> Parameters:
     """Exact counts for a configuration, in milliseconds to seconds, without memory."""
     model = _on_meta(config)
-    embedding = model.get_input_embeddings().weight.numel()
+    embedding: Any = model.get_input_embeddings()
     counted = list(model.parameters())
-    return Parameters(sum(p.numel() for p in counted), embedding, len(counted))
+    return Parameters(sum(p.numel() for p in counted), embedding.weight.numel(), len(counted))
 
 
 def flops_per_token(config: PretrainedConfig, sequence_length: int) -> FlopsPerToken | None:

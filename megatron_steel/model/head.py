@@ -53,7 +53,9 @@ class ChunkedHead(nn.Linear):
         """
         if labels is None:
             return F.linear(input, self.weight, self.bias)
-        hidden, weight, bias = input.reshape(-1, input.shape[-1]), self.weight, self.bias
+        hidden = input.reshape(-1, input.shape[-1])
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)

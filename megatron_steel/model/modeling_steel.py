@@ -230,8 +230,8 @@ class SteelPreTrainedModel(PreTrainedModel):
     config_class = SteelConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("SteelDecoderLayer",)
-    _skip_keys_device_placement = "past_key_values"
+    _no_split_modules = ["SteelDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -240,7 +240,7 @@ class SteelPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, SteelRMSNorm):
             nn.init.ones_(module.weight)
@@ -261,12 +261,6 @@ class SteelModel(SteelPreTrainedModel):
         self.norm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
 
     def forward(
         self,
@@ -346,7 +340,7 @@ class SteelModel(SteelPreTrainedModel):
 class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
     """Steel with its language-model head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"} if _TRANSFORMERS_5 else ["lm_head.weight"]
+    _tied_weights_keys: Any = {"lm_head.weight": "model.embed_tokens.weight"} if _TRANSFORMERS_5 else ["lm_head.weight"]
 
     def __init__(self, config: SteelConfig):
         super().__init__(config)
@@ -354,18 +348,6 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
 
     def forward(
         self,
@@ -416,7 +398,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
                 "no token of the text saw in training what it sees now. Expect slow and worse text than the loss promises."
             )
             kwargs["use_cache"] = False
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 SteelModel.register_for_auto_class("AutoModel")

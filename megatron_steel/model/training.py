@@ -72,6 +72,8 @@ def prepare_for_training(model: PreTrainedModel, activation_checkpointing: bool 
     name = type(model).__name__
     known = isinstance(model, SteelForCausalLM) or type(model).__module__.startswith("transformers.models.")
     head = _swap_head(model, _HEADS[name](model.config)) if known and name in _HEADS else None
+    # Some classes name a base that they do not have; base_model is then the model itself.
+    base = model.base_model if model.base_model is not model else model.get_decoder()
     shipped_forward = model.forward
 
     def forward(
@@ -82,7 +84,7 @@ def prepare_for_training(model: PreTrainedModel, activation_checkpointing: bool 
             require_document_mask(model)
             inputs |= document_inputs(document_ids)
         if labels is not None and head is not None:
-            return head(model.base_model(**inputs)[0], labels)
+            return head(base(**inputs)[0], labels)
         logits = shipped_forward(**inputs).logits
         if labels is None:
             return logits

@@ -1,0 +1,92 @@
+"""README.md of an export: what the model is, what it was trained on, what its loss means, how to load it.
+
+Every figure comes from the checkpoint's manifest and the run's `metrics.jsonl`; what is not known is left out.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_steel.checkpoint.commit import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    config: "PretrainedConfig",
+    parameters: int,
+    dtype: str,
+    difference: float | None,
+) -> None:
+    """Write README.md.
+
+    Args:
+        name: what the model is called, the export's folder name.
+        parameters: numbers in the model.
+        difference: of the logits, where the export was verified.
+    """
+    manifest = checkpoint.manifest
+    code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    loss = validation_loss(checkpoint)
+    sees_future = bool(getattr(config, "sees_future", False))
+    rows = [
+        ("architecture", f"`{config.model_type}`" + (f", FFN `{config.FFN_type}`" if hasattr(config, "FFN_type") else "")),
+        ("parameters", f"{parameters:,} ({dtype})"),
+        ("training", f"{manifest['step']:,} steps, {manifest.get('tokens', 0):,} tokens"),
+        ("data", _data(manifest)),
+        ("validation loss", f"{loss[1]:.4f} nats per token at step {loss[0]:,}" if loss else "not measured"),
+        ("logits against the checkpoint", "not verified" if difference is None else f"differ by at most {difference:.3g}"),
+    ]  # fmt: skip
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    (folder / "README.md").write_text(
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n# license: choose one before you publish\n---\n"
+        f"# {name}\n\nPretrained from scratch with megatron_steel {manifest.get('versions', {}).get('megatron_steel', '')}.\n\n"
+        f"| | |\n|---|---|\n{table}\n\n{_WARNING if sees_future else ''}{_HOW_TO_LOAD.format(trust=', trust_remote_code=True' if code else '')}",
+        encoding="utf-8",
+    )
+
+
+def validation_loss(checkpoint: Checkpoint) -> tuple[int, float] | None:
+    """(step, loss) of the last validation up to the checkpoint's step, from the run's `metrics.jsonl`."""
+    file = checkpoint.path.absolute().parent.parent / "metrics.jsonl"
+    if not file.is_file():
+        return None
+    found = None
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            step, loss = int(row["step"]), float(row["validation_loss"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a training line, or one that a crash tore
+        if step <= checkpoint.step:
+            found = step, loss
+    return found
+
+
+def _data(manifest: dict[str, Any]) -> str:
+    sets = manifest.get("data", [])
+    return ", ".join(f"{entry['name']} ({entry['tokens']:,} tokens)" for entry in sets) or "unknown"
+
+
+_WARNING = """\
+**This model's loss sees the future.** Its soft mixture of experts mixes over the whole sequence, so each position was
+trained with a view of the tokens it had to predict. The losses above are not language-model losses, and text generated
+token by token is worse than they promise.
+
+"""
+
+_HOW_TO_LOAD = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+inputs = tokenizer("你好", return_tensors="pt", add_special_tokens=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```
+"""

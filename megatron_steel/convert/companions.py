@@ -1,0 +1,141 @@
+"""What lies beside the weights of an export: configuration, modelling code, tokenizer.
+
+`config.json` carries each fact in the form of transformers 4.57 and in that of 5.x. The tokenizer's files are copied
+byte for byte: saving them again under 5.x breaks them for 4.x. Must not know weights or checkpoints.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_steel import dist
+from megatron_steel.errors import SteelError
+from megatron_steel.model import configuration_steel, modeling_steel
+from megatron_steel.model.configuration_steel import SteelConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from megatron_steel.data.tokenizer import Tokenizer
+    from megatron_steel.recipe import Recipe
+
+STEEL_CODE = tuple(Path(str(module.__file__)) for module in (configuration_steel, modeling_steel))
+"""The two files that travel with a Steel model."""
+# Weights, configuration and readme that may lie in the same folder are not the tokenizer's.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+                    "chat_template*", "*.model", "*.tiktoken", "tokenization_*.py")  # fmt: skip
+_TOKENIZER_FOLDERS = ("additional_chat_templates",)
+_ALWAYS = ("tie_word_embeddings",)  # versions differ in its default
+
+
+def write_companions(
+    folder: Path, config: "PretrainedConfig", architecture: str, dtype: str, recipe: "Recipe", tokenizer: "Tokenizer"
+) -> None:
+    """Write config.json and generation_config.json and copy code and tokenizer into `folder`.
+
+    Raises SteelError when the copied tokenizer gives other ids than the original.
+    """
+    # First, while there is no config.json: transformers would ask whether to run the code that it names.
+    copy_tokenizer(Path(recipe.tokenizer.path), folder, tokenizer)
+    ids = special_ids(Path(recipe.tokenizer.path), tokenizer)
+    tree = config_tree(config, architecture, dtype, ids)
+    generation = {key: value for key, value in ids.items() if value is not None}
+    generation.setdefault("pad_token_id", generation["eos_token_id"])
+    _write_json(folder / "config.json", tree)
+    _write_json(folder / "generation_config.json", {**generation, "transformers_version": tree["transformers_version"]})
+    for file in code_files(config, recipe.model.path):
+        shutil.copyfile(file, folder / file.name)
+
+
+def config_tree(config: "PretrainedConfig", architecture: str, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
+    """`config.json` as plain values, for transformers 4.57 and 5.x alike.
+
+    Args:
+        ids: bos, eos and pad ids of the tokenizer; they replace the configuration class's own defaults.
+    """
+    from transformers import PretrainedConfig, __version__
+
+    defaults = PretrainedConfig().to_dict()
+    tree = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key in _ALWAYS or key not in defaults or defaults[key] != value
+    }
+    tree.pop("_name_or_path", None)
+    if _is_native(config):
+        tree.pop("auto_map", None)
+    first = {"architectures": [architecture], "model_type": config.model_type}
+    return {**first, **tree, **first, **rope_fields(tree), **ids, "dtype": dtype, "torch_dtype": dtype,
+            "transformers_version": __version__}  # fmt: skip
+
+
+def rope_fields(tree: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings of transformers 5 (`rope_parameters`) in the older fields; {} where there are none."""
+    rope = tree.get("rope_parameters")
+    if not rope:
+        return {}
+    if "full_attention" in rope:  # one entry per kind of layer
+        local = rope.get("sliding_attention", {})
+        return {**_older_rope(rope["full_attention"]), "rope_local_base_freq": local.get("rope_theta")}
+    return _older_rope(rope)
+
+
+def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    fields = {"rope_theta": rope["rope_theta"]}
+    share = rope.get("partial_rotary_factor")
+    if share is not None:
+        fields |= {"partial_rotary_factor": share, "rotary_pct": share}
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    return fields if scaling.get("rope_type", "default") == "default" else {**fields, "rope_scaling": scaling}
+
+
+def special_ids(path: Path, tokenizer: "Tokenizer") -> dict[str, int | None]:
+    """bos, eos and pad ids of a tokenizer folder or sentencepiece model; None where it has none."""
+    if path.is_dir():
+        from transformers import AutoTokenizer
+
+        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        bos, pad = hf.bos_token_id, hf.pad_token_id
+    else:
+        import sentencepiece
+
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        # bos is left out although the model has one: no document begins with it.
+        bos, pad = None, model.pad_id() if model.pad_id() >= 0 else None
+    return {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+
+
+def code_files(config: "PretrainedConfig", model_path: str | None) -> list[Path]:
+    """The modelling code that must travel: Steel's two files, a foreign folder's own, none for native classes."""
+    if isinstance(config, SteelConfig):
+        return list(STEEL_CODE)
+    return [] if _is_native(config) or model_path is None else sorted(Path(model_path).glob("*.py"))
+
+
+def copy_tokenizer(source: Path, folder: Path, original: "Tokenizer") -> None:
+    """Copy a tokenizer's files unchanged. Raises SteelError when what was copied is another tokenizer."""
+    from megatron_steel.data.tokenizer import load_tokenizer
+
+    if source.is_file():
+        shutil.copyfile(source, folder / source.name)
+        dist.log.info("%s is a sentencepiece model: the export holds it, but no Hugging Face tokenizer", source)
+        return
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    for name in _TOKENIZER_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+    if load_tokenizer(folder).fingerprint != original.fingerprint:
+        raise SteelError("the copied tokenizer gives other ids than the original", source,
+                         "save it as a plain Hugging Face tokenizer folder and name that in tokenizer.path")  # fmt: skip
+
+
+def _is_native(config: "PretrainedConfig") -> bool:
+    return type(config).__module__.startswith("transformers.")
+
+
+def _write_json(file: Path, tree: dict[str, Any]) -> None:
+    file.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

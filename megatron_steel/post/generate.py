@@ -1,0 +1,75 @@
+"""Let an exported model go on with a text. Must not know how the model was made."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_steel.errors import SteelError
+from megatron_steel.post.load import Loaded, load
+
+_SAMPLING = {"temperature": 0.8, "top_p": 0.95}  # where the folder's generation_config does not sample itself
+_SEED = 1234
+
+
+def generate(
+    model_dir: str, prompt: str, max_new_tokens: int = 64, greedy: bool = False, trust_code: bool = False
+) -> str:
+    """The prompt and what the model writes after it, until it ends the document or has written `max_new_tokens`.
+
+    Args:
+        model_dir: a Hugging Face folder.
+        prompt: any text; an empty one begins a document.
+        greedy: always the likeliest token; else sampled from a fixed seed, by the folder's generation_config where
+            it samples, else with temperature 0.8 and top-p 0.95.
+        trust_code: allow foreign modelling code that lies in the folder.
+
+    Raises:
+        SteelError: what `load` raises, no tokenizer, or no tokens wanted.
+    """
+    import torch
+
+    if max_new_tokens < 1:
+        raise SteelError(f"{max_new_tokens} new tokens are none", "--max-new-tokens", "ask for at least 1")
+    loaded = load(model_dir, trust_code)
+    encode, decode = _coder(loaded, Path(model_dir))
+    defaults = loaded.model.generation_config
+    prompt_ids = encode(prompt) or [_document_start(defaults, model_dir)]
+    ids_BT = torch.tensor([prompt_ids], device=loaded.device)
+    settings: dict[str, Any] = {"do_sample": not greedy}
+    if not greedy and not defaults.do_sample:
+        settings |= _SAMPLING
+    if defaults.pad_token_id is None:
+        settings["pad_token_id"] = loaded.model.config.eos_token_id
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(_SEED)
+        written = loaded.model.generate(
+            ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=max_new_tokens, **settings
+        )[0].tolist()
+    return prompt + _continuation(decode(prompt_ids), decode(written))
+
+
+def _continuation(before: str, whole: str) -> str:
+    """What was added; decoded with its prompt, because pieces alone would lose their leading spaces."""
+    return whole[len(before) :] if whole.startswith(before) else whole
+
+
+def _document_start(defaults: Any, model_dir: str) -> int:
+    """The token before a document's first: bos where the model has one, else the end of the document before."""
+    for token in (defaults.bos_token_id, defaults.eos_token_id):
+        if token is not None:
+            return token[0] if isinstance(token, list) else token
+    raise SteelError("the prompt is empty and the model has no token that begins a text", model_dir, "give --prompt a text")
+
+
+def _coder(loaded: Loaded, folder: Path) -> tuple[Callable[[str], list[int]], Callable[[Sequence[int]], str]]:
+    if loaded.tokenizer is not None:
+        hf = loaded.tokenizer
+        return (lambda text: hf(text)["input_ids"]), (lambda ids: hf.decode(ids, skip_special_tokens=True))
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        raise SteelError("the folder has no tokenizer", folder, "copy the tokenizer's files into it")
+    from megatron_steel.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(models[0])
+    return (lambda text: tokenizer.encode_batch([text])[0]), tokenizer.decode

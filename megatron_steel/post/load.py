@@ -1,0 +1,103 @@
+"""Open a Hugging Face folder: its model, ready to be asked, and its tokenizer. Runs no foreign code unasked.
+
+A Steel folder whose two code files are this package's own, byte for byte, is built from the package's classes. Any
+other code needs `trust_code`. Knows nothing of prompts or scores.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_steel.errors import SteelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode on `device`, and its tokenizer (a transformers one; None: only `folder` has a .model)."""
+
+    model: Any
+    tokenizer: Any
+    device: "torch.device"
+
+
+def load(model_dir: str, trust_code: bool = False) -> Loaded:
+    """Load a folder: fp32 on a CPU, bf16 on the first GPU.
+
+    Args:
+        trust_code: allow modelling and tokenizer code that lies in the folder.
+
+    Raises:
+        SteelError: no such folder, an unreadable one, or foreign code without `trust_code`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(model_dir)
+    tree = _config_json(folder)
+    own = is_own_code(folder, tree)
+    if not own and "auto_map" in tree and not trust_code and not _is_native(tree):
+        raise SteelError(
+            f"the folder brings its own code for model_type {tree.get('model_type')!r}, and running it is not allowed",
+            folder,
+            "read the .py files there, then add --trust-code",
+        )
+    gpu = torch.cuda.is_available()
+    settings = {"dtype": torch.bfloat16 if gpu else torch.float32, "local_files_only": True}
+    try:
+        if own:
+            from megatron_steel.model.modeling_steel import SteelForCausalLM
+
+            model: Any = SteelForCausalLM.from_pretrained(folder, **settings)
+            config: Any = model.config
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_code)
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_code, **settings)
+        tokenizer = _tokenizer(folder, config, trust_code)
+    except Exception as error:  # whatever a broken folder makes transformers raise
+        what = f"transformers cannot load this folder: {type(error).__name__}: {error}"
+        raise SteelError(what, folder, "name a folder that `megatron-steel export` or save_pretrained wrote") from error
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    return Loaded(model.eval().to(device), tokenizer, device)
+
+
+def is_own_code(folder: Path, tree: dict[str, Any]) -> bool:
+    """True for a Steel folder whose code is exactly this package's (or that brings none)."""
+    if tree.get("model_type") != "steel":
+        return False
+    from megatron_steel.model import configuration_steel, modeling_steel
+
+    own = {Path(str(module.__file__)) for module in (configuration_steel, modeling_steel)}
+    present = {file.name: file.read_bytes() for file in folder.glob("*.py")}
+    return not present or present == {file.name: file.read_bytes() for file in own}
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree.get("model_type")
+        return tree
+    except FileNotFoundError:
+        raise SteelError("this is no Hugging Face folder: it has no config.json", folder,
+                         "name a folder that `megatron-steel export` wrote") from None  # fmt: skip
+    except (OSError, ValueError, AttributeError) as error:
+        raise SteelError(f"config.json cannot be read: {error}", file, "export the model again") from None
+
+
+def _is_native(tree: dict[str, Any]) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return tree.get("model_type") in CONFIG_MAPPING
+
+
+def _tokenizer(folder: Path, config: Any, trust_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    # With the configuration given, transformers does not ask about the code that config.json names.
+    return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=trust_code)

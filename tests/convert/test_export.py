@@ -1,0 +1,249 @@
+"""An export is the trained model: logits equal those of the training engine, for every ZeRO stage, 1 and 2 ranks."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, free_port, one_thread
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_steel.convert import shards, verify
+from megatron_steel.convert.hf import export
+from megatron_steel.errors import SteelError
+
+TOLERANCE = 1e-5
+STEEL = {"hidden_size": 32, "intermediate_size": 48, "mlp_div_ratio": 1, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2}  # fmt: skip
+MIXTURE = {**STEEL, "FFN_type": "softmoe_v3", "mlp_type": "raw", "n_experts": 2}
+# name: ranks, ZeRO stage, precision, model type, configuration, tied
+CASES = {
+    "steel-z0-1": (1, 0, "fp32", "steel", STEEL, True),
+    "steel-z0-1-bf16": (1, 0, "bf16", "steel", STEEL, False),
+    "llama-z1-1-bf16": (1, 1, "bf16", "llama", LLAMA, True),
+    "llama-z2-1": (1, 2, "fp32", "llama", LLAMA, False),
+    "steel-z3-1": (1, 3, "fp32", "steel", STEEL, True),
+    "llama-z0-2": (2, 0, "fp32", "llama", LLAMA, True),
+    "steel-z1-2": (2, 1, "fp32", "steel", STEEL, True),
+    "steel-z1-2-bf16": (2, 1, "bf16", "steel", STEEL, False),
+    "steel-z2-2-bf16": (2, 2, "bf16", "steel", STEEL, False),
+    "steel-z3-2": (2, 3, "fp32", "steel", STEEL, False),
+    "llama-z3-2-bf16": (2, 3, "bf16", "llama", LLAMA, True),
+    "mixture-z3-2": (2, 3, "fp32", "steel", MIXTURE, False),
+}
+
+
+def _recipe(case, tokenizer: Path) -> dict:
+    _, stage, precision, model_type, config, tied = case
+    return {
+        "run": {"seed": 5},
+        "tokenizer": {"path": str(tokenizer)},
+        "model": {"type": model_type, "config": {**config, "vocab_size": VOCABULARY, "tie_word_embeddings": tied}},
+        "data": {"train": "made-up", "sequence_length": 16},
+        "optim": {"lr": 1e-2},
+        "train": {"steps": 2, "global_batch_size": 4, "micro_batch_size": 4 // case[0], "precision": precision},
+        "deepspeed": {"config": f"zero{stage}.json"},
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A folder with one run folder a case, all made by the real engine."""
+    folder = tmp_path_factory.mktemp("runs")
+    script = str(Path(__file__).with_name("make_checkpoints.py"))
+    for ranks in (1, 2):
+        cases = {name: _recipe(case, tiny_tokenizer) for name, case in CASES.items() if case[0] == ranks}
+        (folder / "cases.json").write_text(json.dumps(cases))
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+        command = [*launcher, "--master_port", str(free_port()), script, str(folder / "cases.json"), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path) -> Path:
+    """A copy of one run, free to be damaged."""
+    return Path(shutil.copytree(runs / "steel-z3-2", tmp_path / "run"))
+
+
+def _logits(folder: Path, precision: str, **settings) -> torch.Tensor:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=True, local_files_only=True, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        return model.eval()(input_ids=verify.fixed_tokens(VOCABULARY), use_cache=False, **settings).logits
+
+
+def _names(folder: Path) -> set[str]:
+    names = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(str(file), "pt") as tensors:
+            assert tensors.metadata() == {"format": "pt"}
+            names |= set(tensors.keys())
+    return names
+
+
+def _nothing_but(folder: Path, *names: str) -> bool:
+    return sorted(p.name for p in folder.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_those_of_the_training_engine(name, runs, tmp_path):
+    _, _, precision, model_type, _, tied = CASES[name]
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    folder = export(runs / name, tmp_path / "out", dtype)
+    trained = torch.load(runs / name / "logits.pt").float()
+    assert (_logits(folder, precision).float() - trained).abs().max() <= TOLERANCE
+    assert trained.std() > 0.01
+    assert ("lm_head.weight" in _names(folder)) == (not tied)
+    assert bool(list(folder.glob("*.py"))) == (model_type == "steel")
+    config = json.loads((folder / "config.json").read_text())
+    assert ("auto_map" in config) == (model_type == "steel")
+    assert (config["model_type"], config["dtype"], config["torch_dtype"]) == (model_type, dtype, dtype)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == (1, 0, None)
+    assert _nothing_but(tmp_path, "out")
+
+
+@pytest.mark.parametrize("name", ["steel-z3-2", "llama-z3-2-bf16"])
+def test_verify_in_a_fresh_process_prints_the_difference(name, runs, tmp_path, capsys):
+    folder = export(runs / name, tmp_path / "out", "bfloat16", verify=True)
+    assert "verified in a fresh process: logits differ by at most" in capsys.readouterr().out
+    assert "differ by at most" in (folder / "README.md").read_text()
+
+
+def test_a_folder_that_needs_this_package_or_holds_other_weights_is_refused(runs, tmp_path):
+    folder = export(runs / "steel-z3-2", tmp_path / "out", "float32")
+    checkpoint = runs / "steel-z3-2" / "checkpoints" / "step-00000002"
+    with pytest.raises(SteelError, match="logits that differ by"):
+        verify.verify_export(checkpoint.with_name("step-00000001"), folder)
+    code = folder / "modeling_steel.py"
+    code.write_text(code.read_text() + "\nimport megatron_steel\n")
+    with pytest.raises(SteelError, match="does not load in a fresh process: .*megatron_steel"):
+        verify.verify_export(checkpoint, folder)
+
+
+def test_a_failed_verification_leaves_nothing(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "TOLERANCE", -1.0)  # no two models are that equal
+    with pytest.raises(SteelError, match="not the trained model"):
+        export(runs / "steel-z3-2", tmp_path / "new" / "folder" / "out", verify=True)
+    assert _nothing_but(tmp_path)
+
+
+def test_shards_with_an_index_hold_the_same_model(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    folder = export(runs / "llama-z2-1", tmp_path / "out", "float32")
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    index = json.loads((folder / shards.INDEX).read_text())
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert set(index["weight_map"]) == _names(folder)
+    assert set(index["weight_map"].values()) == set(files)
+    assert all((folder / name).stat().st_size < 22_000 for name in files)
+    trained = torch.load(runs / "llama-z2-1" / "logits.pt")
+    assert (_logits(folder, "fp32") - trained).abs().max() <= TOLERANCE
+
+
+def test_tokenizer_is_copied_byte_for_byte_and_works(runs, tmp_path, tiny_tokenizer):
+    folder = export(runs / "steel-z3-1", tmp_path / "out")
+    for file in tiny_tokenizer.iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert tokenizer("w5 w9")["input_ids"] == [5, 9]
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_card_says_what_the_model_is(run, runs, tmp_path):
+    rows = [{"step": 1, "validation_loss": 4.5}, {"step": 2, "loss": 4.4}, {"step": 9, "validation_loss": 1.0}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 2, "valid')
+    card = (export(run, tmp_path / "causal") / "README.md").read_text()
+    for fact in ("4.5000 nats per token at step 1", "2 steps, 128 tokens", "made-up (4,321 tokens)", "license: choose"):
+        assert fact in card
+    assert "sees the future" not in card
+    assert "loss sees the future" in (export(runs / "mixture-z3-2", tmp_path / "mixture") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("used", ["a file in it", "a file in its place"])
+def test_a_used_output_is_refused_and_untouched(used, runs, tmp_path):
+    out = tmp_path / "out"
+    kept = out / "thesis.txt" if used == "a file in it" else out
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("precious")
+    with pytest.raises(SteelError, match="never overwritten"):
+        export(runs / "steel-z3-2", out)
+    assert kept.read_text() == "precious"
+    assert _nothing_but(tmp_path, "out")
+
+
+def test_an_empty_output_is_taken_and_a_killed_export_is_no_obstacle(runs, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "model.safetensors").write_bytes(b"half")
+    assert (export(runs / "steel-z3-2", tmp_path / "out") / "model.safetensors").stat().st_size > 1000
+    assert _nothing_but(tmp_path, "out")
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, tmp_path, caplog):
+    newest = run / "checkpoints" / "step-00000002"
+    file = next((newest / "engine").glob("*optim_states.pt"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with caplog.at_level("WARNING", logger="megatron_steel"):
+        export(run, tmp_path / "out")
+    assert f"the content of engine/{file.name} has changed" in caplog.text
+    assert "| training | 1 steps, 64 tokens |" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(SteelError, match="has changed"):
+        export(newest, tmp_path / "other")
+    shutil.rmtree(newest.with_name("step-00000001"))
+    with pytest.raises(SteelError, match="none of its 1 checkpoints is whole"):
+        export(run, tmp_path / "other")
+    assert _nothing_but(tmp_path, "out", "run")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("num_hidden_layers", 3, r"lacks model\.layers\.2\..* and \d+ more"),
+        ("num_hidden_layers", 1, r"holds model\.layers\.1\.\S+ \(.*which the model does not have"),
+        ("intermediate_size", 32, r"holds model\.layers\.0\.mlp\.\S+ as \(48, 32\), the model has \(32, 32\)"),
+    ],
+)
+def test_a_tensor_that_is_not_the_models_is_named(field, value, named, run, tmp_path):
+    manifest = run / "checkpoints" / "step-00000002" / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    tree["recipe"]["model"]["config"][field] = value
+    manifest.write_text(json.dumps(tree))
+    with pytest.raises(SteelError, match=named):
+        export(run, tmp_path / "out")
+    assert _nothing_but(tmp_path, "run")
+
+
+def test_what_is_no_run_what_has_no_checkpoint_and_what_cannot_be_written(run, tmp_path):
+    with pytest.raises(SteelError, match="no run folder and no checkpoint"):
+        export(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(SteelError, match="there is no dtype 'int8'"):
+        export(run, tmp_path / "out", "int8")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SteelError, match="the export could not be written: Not a directory"):
+        export(run, tmp_path / "file" / "out")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    with pytest.raises(SteelError, match="holds no checkpoint yet"):
+        export(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("value", "why"), [(1e6, "float16 cannot hold"), (float("nan"), "not finite")])
+def test_numbers_that_do_not_fit_are_named(value, why, tmp_path):
+    weights = [("head.weight", torch.full((2, 2), value))]
+    with pytest.raises(SteelError, match=rf"head\.weight .*{why}"):
+        shards.write_shards(weights, {"head.weight": (2, 2)}, tmp_path, "float16", tmp_path)

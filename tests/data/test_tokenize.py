@@ -1,0 +1,324 @@
+"""Files of every kind to the same documents; workers, kills and bad rows."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megatron_steel.data import parts, readers
+from megatron_steel.data import tokenize as room
+from megatron_steel.data.indexed import IndexedDataset
+from megatron_steel.data.manifest import load, trust, verify
+from megatron_steel.data.tokenize import tokenize
+from megatron_steel.errors import SteelError
+
+EOS = 1
+TEXTS = ["w3 w4", "", "w5", "w6 w7 w8\nw9", "w100"]
+IDS = [[3, 4, EOS], [5, EOS], [6, 7, 8, 9, EOS], [100, EOS]]
+
+
+def lines(texts, key="text"):
+    return "".join(json.dumps({"id": i, key: text}, ensure_ascii=False) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def documents(prefix):
+    data = IndexedDataset(prefix)
+    assert data.documents == data.sequences
+    return [data.document(i).tolist() for i in range(data.documents)]
+
+
+def content(prefix):
+    return [Path(f"{prefix}.{kind}").read_bytes() for kind in ("bin", "idx")]
+
+
+def many(path, count=3000):
+    """A jsonl file of several units; the i-th document is easy to know again."""
+    path.write_bytes(lines([f"w{3 + i % 120} " * (1 + i % 7) for i in range(count)]))
+    return path
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr(room, "_LEAST_UNIT_BYTES", 10_000)
+
+
+def write_input(folder, kind):
+    path = folder / f"in.{kind}"
+    if kind == "parquet":
+        pa.parquet.write_table(pa.table({"id": range(5), "text": TEXTS}), path, row_group_size=2)
+        return path
+    array = json.dumps([{"text": text} for text in TEXTS], indent=2).encode()
+    data = {"jsonl": lines(TEXTS), "json": array if "array" not in kind else b""}.get(kind.split(".")[0], b"")
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(kind.split(".")[-1], lambda raw: raw)
+    path.write_bytes(pack(data))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst", "parquet"])
+def test_every_kind_of_file(tmp_path, tiny_tokenizer, kind):
+    result = tokenize([write_input(tmp_path, kind)], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert documents(tmp_path / "out") == IDS
+    assert (result.tokens, result.documents, result.dtype, result.max_token_id) == (12, 4, "uint16", 100)
+    assert result.max_token_document == 3
+    (entry,) = result.provenance
+    assert entry["name"] == f"in.{kind}"
+    assert [entry[key] for key in ("rows", "documents", "empty", "malformed")] == [5, 4, 1, 0]
+    assert load(tmp_path / "out") == result == trust(tmp_path / "out", 128) == verify(tmp_path / "out")
+    assert result.tokenizer["eos_id"] == EOS
+    assert str(tmp_path) not in (tmp_path / "out.manifest.json").read_text()
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_a_text_file_is_one_document(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.txt").write_text("w3\n\nw4\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfw5"))
+    (tmp_path / "c.txt").write_text("")
+    tokenize([tmp_path / name for name in ("a.txt", "b.txt.gz", "c.txt")], tiny_tokenizer, tmp_path / "out")
+    assert documents(tmp_path / "out") == [[3, 4, EOS], [5, EOS]]
+
+
+def test_json_may_hold_lines_and_begin_with_a_mark(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + lines(["w3"]).rstrip() + b"\r\n\n" + lines(["w4"]).rstrip())
+    tokenize([tmp_path / "a.json"], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert documents(tmp_path / "out") == [[3, EOS], [4, EOS]]
+
+
+def test_end_of_document_comes_once_whatever_the_text_says(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines(["w3", "w4 <|im_end|>", None], key="body"))
+    result = tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", text_key="body", workers=1)
+    assert documents(tmp_path / "out") == [[3, EOS], [4, EOS, EOS]]
+    assert result.provenance[0]["empty"] == 1
+
+
+def test_any_cut_of_a_file_gives_every_line_once(tmp_path):
+    texts = ["x" * (i % 13) for i in range(60)]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(texts).rstrip())
+    for size in (1, 7, 19, 20, 21, 64, 10_000):
+        units = readers.units(path, size)
+        rows = [list(readers.rows(unit, "text")) for unit in units]
+        assert [row.text for unit in rows for row in unit] == texts
+        assert all([row.number for row in unit] == list(range(1, len(unit) + 1)) for unit in rows)
+
+
+def test_the_bytes_do_not_depend_on_workers_or_parts(tmp_path, tiny_tokenizer, monkeypatch):
+    inputs = [many(tmp_path / "a.jsonl"), write_input(tmp_path, "parquet"), write_input(tmp_path, "json.gz")]
+    tokenize(inputs, tiny_tokenizer, tmp_path / "one", workers=1, validation_ratio=0.1)
+    monkeypatch.setattr(room, "_LEAST_UNIT_BYTES", 10_000)
+    assert len(room._bundles(inputs)) > 10
+    tokenize(inputs, tiny_tokenizer, tmp_path / "two", workers=2, validation_ratio=0.1)
+    for suffix in ("", "-validation"):
+        assert content(tmp_path / f"one{suffix}") == content(tmp_path / f"two{suffix}")
+        assert load(tmp_path / f"one{suffix}").digest == load(tmp_path / f"two{suffix}").digest
+
+
+def test_validation_is_chosen_by_content(tmp_path, tiny_tokenizer):
+    texts = [f"w{i % 100 + 3} w{i // 100 + 3}" for i in range(2000)]
+    for name, order in (("a", texts), ("b", texts[::-1] + texts)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(order))
+        tokenize([tmp_path / f"{name}.jsonl"], tiny_tokenizer, tmp_path / name, workers=1, validation_ratio=0.1)
+    held = [{tuple(ids) for ids in documents(tmp_path / f"{name}-validation")} for name in "ab"]
+    assert held[0] == held[1]
+    assert 140 < len(held[0]) < 260  # 200 expected, more than four standard deviations each way
+    seen = {tuple(ids) for ids in documents(tmp_path / "b")}
+    assert not seen & held[1]
+    assert len(seen | held[1]) == 2000
+
+
+def test_a_validation_set_that_stays_empty_is_an_error(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines(["w3", "w4"]))
+    with pytest.raises(SteelError, match="no document for validation among 2 rows"):
+        tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1, validation_ratio=1e-9)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+BAD_ROWS = {
+    "not JSON": (b'{"text": "w3"\n', "not JSON"),
+    "not an object": (b"[1]\n", "a JSON list, not an object"),
+    "no key": (b'{"content": "w3"}\n', r"no key 'text' \(it has: content\)"),
+    "a number": (b'{"text": 3}\n', "'text' holds a int, not a string"),
+    "a surrogate": (b'{"text": "\\ud800"}\n', "'text' holds half a character"),
+    "not UTF-8": (b'{"text": "\xff"}\n', "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_malformed_rows_are_named_and_too_many_fail(tmp_path, tiny_tokenizer, name, caplog, monkeypatch):
+    monkeypatch.setattr(room.log, "propagate", True)
+    row, problem = BAD_ROWS[name]
+    (tmp_path / "a.jsonl").write_bytes(lines(["w3"]) + b"\n" + row + lines(["w4"]))
+    with pytest.raises(SteelError, match="1 of 3 rows are malformed") as caught:
+        tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert caught.value.where == f"{tmp_path}/a.jsonl:3"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    result = tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1, max_malformed_ratio=0.5)
+    assert documents(tmp_path / "out") == [[3, EOS], [4, EOS]]
+    assert result.provenance[0]["malformed"] == 1
+    assert re.search(f"a.jsonl:3: {problem}", caplog.text)
+
+
+def test_a_line_in_a_later_part_has_its_number_in_the_file(tmp_path, tiny_tokenizer, small_units):
+    good = many(tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    good.insert(2500, b"oops\n")
+    (tmp_path / "a.jsonl").write_bytes(b"".join(good))
+    with pytest.raises(SteelError) as caught:
+        tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1, max_malformed_ratio=0)
+    assert caught.value.where.endswith("a.jsonl:2501")
+
+
+def test_the_wrong_key_fails_at_once(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines(["w3"] * 20, key="content"))
+    with pytest.raises(SteelError, match=r"all 20 rows .* no key 'text' \(it has: id, content\)"):
+        tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1, max_malformed_ratio=1)
+    pa.parquet.write_table(pa.table({"content": ["w3"]}), tmp_path / "a.parquet")
+    with pytest.raises(SteelError, match="no column 'text'") as caught:
+        tokenize([tmp_path / "a.parquet"], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert "content" in caught.value.remedy
+
+
+BAD_FILES = {
+    "gz": ("a.jsonl.gz", gzip.compress(lines(["w3"] * 1000))[:-20], "cannot be read: Compressed file ended"),
+    "zst": ("a.jsonl.zst", zstandard.compress(lines(["w3"] * 1000))[:-9], "cannot be read: the compressed file ended"),
+    "parquet": ("a.parquet", b"PAR1 nonsense PAR1", "cannot be read"),
+    "array": ("a.json", b'[{"text": "w3"}, {"text": ', "cannot be read: element 2 of its JSON array"),
+    "text": ("a.txt", b"\xff\xfe", "cannot be read: 'utf-8'"),
+    "kind": ("a.docx", b"x", "files that end in .docx are not known"),
+    "empty": ("a.jsonl", b"", "no document for training among 0 rows"),
+    "blank": ("a.jsonl", lines([""]), "no document for training among 1 rows"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_named_and_leave_nothing(tmp_path, tiny_tokenizer, name):
+    file, raw, message = BAD_FILES[name]
+    (tmp_path / file).write_bytes(raw)
+    with pytest.raises(SteelError, match=message) as caught:
+        tokenize([tmp_path / file], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert file in caught.value.where or "out" in caught.value.where
+    assert [p.name for p in tmp_path.iterdir()] == [file]
+
+
+def test_bad_arguments(tmp_path, tiny_tokenizer):
+    for inputs, ratio, message in (([], 0, "no input"), (["x.jsonl"], 0, "no such input"), ([tmp_path], 0, "a folder")):
+        with pytest.raises(SteelError, match=message):
+            tokenize(inputs, tiny_tokenizer, tmp_path / "out", validation_ratio=ratio)
+    with pytest.raises(SteelError, match="validation ratio of 1"):
+        tokenize(["x.jsonl"], tiny_tokenizer, tmp_path / "out", validation_ratio=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_file_fails_the_workers_too(tmp_path, tiny_tokenizer, small_units):
+    good, bad = many(tmp_path / "a.jsonl"), tmp_path / "z.jsonl.gz"
+    bad.write_bytes(BAD_FILES["gz"][1])
+    with pytest.raises(SteelError, match="Compressed file ended"):
+        tokenize([bad, good], tiny_tokenizer, tmp_path / "out", workers=2)
+    with pytest.raises(SteelError, match="no key 'body'"):
+        tokenize([good], tiny_tokenizer, tmp_path / "out", "body", workers=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "z.jsonl.gz"]
+
+
+def test_finished_parts_are_used_again_and_only_for_the_same_job(tmp_path, tiny_tokenizer, small_units, monkeypatch):
+    source, made, whole = many(tmp_path / "a.jsonl"), [], parts.make
+    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1)
+
+    def stops(item, tokenizer):
+        if item[0] == 6:
+            raise KeyboardInterrupt
+        made.append(item[0])
+        return whole(item, tokenizer)
+
+    monkeypatch.setattr(parts, "make", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert made == list(range(6))
+    assert not list(tmp_path.glob("out.[bim]*"))
+    os.truncate(tmp_path / "out.parts" / "000002-training.bin", 8)  # a damaged part is made again
+    made.clear()
+    monkeypatch.setattr(parts, "make", lambda item, tokenizer: made.append(item[0]) or whole(item, tokenizer))
+    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert made == [2, *range(6, len(room._bundles([source])))]
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+    (tmp_path / "out.parts").mkdir()
+    (tmp_path / "out.parts" / "job").write_text("another")
+    (tmp_path / "out.parts" / "000000.json").write_text("[]")
+    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+KILLED = """
+import sys
+from megatron_steel.data import parts, tokenize
+tokenize._LEAST_UNIT_BYTES = 10_000
+if __name__ == "__main__":
+    tokenize.tokenize([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kill_leaves_no_output_and_no_worker(tmp_path, tiny_tokenizer, how):
+    source = many(tmp_path / "a.jsonl", 60_000)
+    (tmp_path / "job.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "job.py"), str(source), str(tiny_tokenizer), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for(lambda: list((tmp_path / "out.parts").glob("*.json")), 60)
+        assert len(session(process.pid)) > 2  # this and the workers
+    finally:
+        process.send_signal(how)
+        process.wait()
+    wait_for(lambda: not session(process.pid), 20)
+    assert not list(tmp_path.glob("out.[bim]*"))
+    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert IndexedDataset(tmp_path / "out").documents == 60_000
+    assert not (tmp_path / "out.parts").exists()
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def session(leader):
+    """The processes of a session, zombies left out."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(folder.name)
+    return found
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("name", "key"), [("sky", "text"), ("wanjuan", "content")])
+def test_real_rows_with_the_qwen_tokenizer(tmp_path, shared_data, name, key):
+    from transformers import AutoTokenizer
+
+    (source,) = (shared_data / "steel_samples" / name).iterdir()
+    result = tokenize([source], shared_data / "qwen_tokenizer", tmp_path / "out", text_key=key, workers=1)
+    data = IndexedDataset(tmp_path / "out")
+    texts = [json.loads(line)[key] for line in source.read_text("utf-8").splitlines()]
+    hf = AutoTokenizer.from_pretrained(shared_data / "qwen_tokenizer", local_files_only=True)
+    assert (data.documents, data.dtype) == (len(texts), np.int32)
+    for i, text in enumerate(texts):
+        ids = data.document(i).tolist()
+        assert ids[:-1] == hf(text)["input_ids"]
+        assert ids.index(151645) == len(ids) - 1
+    assert result.max_token_id == 151645
