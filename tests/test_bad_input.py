@@ -1,6 +1,7 @@
 """Bad input: one clear message, the right exit code, nothing half-written. Through the real verbs."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -74,9 +75,9 @@ def test_an_id_outside_the_vocabulary_names_the_document(fails, tmp_path):
 
 
 def test_empty_data(fails, tmp_path):
-    with IndexedWriter(tmp_path / "t", np.uint16):
-        pass
-    fails("t", f"data.train={tmp_path}/t")
+    (tmp_path / "t.bin").touch()
+    (tmp_path / "t.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QBQQq", 1, 8, 0, 1, 0))  # no sequence, boundary 0
+    fails("empty", f"data.train={tmp_path}/t")
 
 
 def test_sequence_longer_than_the_data(fails):

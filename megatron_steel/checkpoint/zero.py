@@ -1,7 +1,7 @@
 """DeepSpeed's checkpoint files as a stream of (name, fp32 weight), for any ZeRO stage and world size.
 
-Needs no process group and no GPU. Stages 1 to 3 are read through DeepSpeed's own lazy reader, which maps the
-files and joins one tensor's pieces at a time; stage 0 has one file with everything in it. Knows nothing of
+Needs no process group and no GPU. ZeRO's shards are read through DeepSpeed's own lazy reader, which maps the files
+and joins one tensor's pieces at a time; two layouts that it does not know (stage 0; stage 1 in bf16) are read here. Knows nothing of
 models: names and shapes come from the files.
 """
 
@@ -29,10 +29,13 @@ def stream_weights(checkpoint: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
     engine = checkpoint / ENGINE
     if not engine.is_dir():
         raise SteelError("this is no checkpoint: it has no engine/ folder", checkpoint, "name a run or a step-N folder")
-    if list(engine.glob("*zero_pp_rank_*_optim_states.pt")):
-        yield from _zero_weights(checkpoint)
-    else:
+    shards = sorted(engine.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+    if not shards:
         yield from _stage0_weights(engine)
+    elif _stage(shards[0]) is None:
+        yield from _stage1_bf16_weights(engine, shards)
+    else:
+        yield from _zero_weights(checkpoint)
 
 
 def _zero_weights(checkpoint: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
@@ -47,13 +50,35 @@ def _zero_weights(checkpoint: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
         yield name, pieces.contiguous().float()
 
 
-def _stage0_weights(engine: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+def _stage1_bf16_weights(engine: Path, shards: list[Path]) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Stage 1 in bf16 with fp32 gradients has a layout of its own, which DeepSpeed's zero_to_fp32 does not read.
+
+    Each rank holds an equal cut of every group's parameters laid end to end; padding stands at the very end.
+    """
     import torch
 
-    files = sorted(engine.glob("mp_rank_00_model_states.pt"))
-    if not files:
-        raise SteelError("the engine/ folder holds no DeepSpeed model states", engine, "use another checkpoint")
-    state: dict[str, Any] = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
+    shapes = _load(_only(engine, "mp_rank_00_model_states.pt"))["param_shapes"]
+    cuts = [_load(shard)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for shard in shards]
+    for number, group in enumerate(shapes):
+        pieces = [cut[number] for cut in cuts]
+        at = 0
+        for name, shape in group.items():
+            yield name, _slice(pieces, at, shape.numel()).view(shape).to(torch.float32)
+            at += shape.numel()
+
+
+def _slice(pieces: list["torch.Tensor"], start: int, count: int) -> "torch.Tensor":
+    """`count` values from `start` of equal flat pieces laid end to end; copies no more than these."""
+    import torch
+
+    size, found = pieces[0].numel(), []
+    for number in range(start // size, (start + count - 1) // size + 1):
+        found.append(pieces[number][max(0, start - number * size) : start + count - number * size])
+    return torch.cat(found)
+
+
+def _stage0_weights(engine: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+    state = _load(_only(engine, "mp_rank_00_model_states.pt"))
     masters = _stage0_masters(state)
     seen: set[int] = set()
     for name, tensor in state["module"].items():
@@ -75,3 +100,24 @@ def _stage0_masters(state: dict[str, Any]) -> dict[str, "torch.Tensor"]:
         for group, copies in zip(names, groups, strict=True)
         for name, copy in zip(group, copies, strict=True)
     }
+
+
+def _only(engine: Path, name: str) -> Path:
+    if not (engine / name).is_file():
+        raise SteelError("the engine/ folder holds no DeepSpeed model states", engine / name, "use another checkpoint")
+    return engine / name
+
+
+def _load(file: Path) -> dict[str, Any]:
+    import torch
+
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+
+
+def _stage(shard: Path) -> int | None:
+    """The ZeRO stage a shard names; DeepSpeed's bf16 optimizer of stage 1 names none."""
+    return _load(shard)["optimizer_state_dict"].get("zero_stage")
+
+
+def _rank_of(shard: Path) -> int:
+    return int(shard.name.split("zero_pp_rank_")[1].split("_")[0])

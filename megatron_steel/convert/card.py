@@ -20,6 +20,7 @@ def write_card(
     config: "PretrainedConfig",
     parameters: int,
     dtype: str,
+    tokenizer: str | None,
     difference: float | None,
 ) -> None:
     """Write README.md.
@@ -27,6 +28,7 @@ def write_card(
     Args:
         name: what the model is called, the export's folder name.
         parameters: numbers in the model.
+        tokenizer: the transformers class that loads it, if any does.
         difference: of the logits, where the export was verified.
     """
     manifest = checkpoint.manifest
@@ -42,12 +44,15 @@ def write_card(
         ("logits against the checkpoint", "not verified" if difference is None else f"differ by at most {difference:.3g}"),
     ]  # fmt: skip
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    (folder / "README.md").write_text(
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n# license: choose one before you publish\n---\n"
-        f"# {name}\n\nPretrained from scratch with megatron_steel {manifest.get('versions', {}).get('megatron_steel', '')}.\n\n"
-        f"| | |\n|---|---|\n{table}\n\n{_WARNING if sees_future else ''}{_HOW_TO_LOAD.format(trust=', trust_remote_code=True' if code else '')}",
-        encoding="utf-8",
+    version = manifest.get("versions", {}).get("megatron_steel", "")
+    text = _CARD.format(
+        name=name,
+        version=version,
+        table=table,
+        warning=_WARNING if sees_future else "",
+        load=_how_to_load(code, tokenizer),
     )
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def validation_loss(checkpoint: Checkpoint) -> tuple[int, float] | None:
@@ -72,21 +77,42 @@ def _data(manifest: dict[str, Any]) -> str:
     return ", ".join(f"{entry['name']} ({entry['tokens']:,} tokens)" for entry in sets) or "unknown"
 
 
+def _how_to_load(code: bool, tokenizer: str | None) -> str:
+    trust = ", trust_remote_code=True" if code else ""
+    lines = [
+        f"from transformers import AutoModelForCausalLM{f', {tokenizer}' if tokenizer else ''}",
+        "",
+        'folder = "."  # this folder',
+        f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})',
+    ]
+    if tokenizer:
+        lines += [
+            f"tokenizer = {tokenizer}.from_pretrained(folder{trust if tokenizer == 'AutoTokenizer' else ''})",
+            'ids = tokenizer("你好", return_tensors="pt", add_special_tokens=False).input_ids',
+            "print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))",
+        ]
+    return "\n".join(["```python", *lines, "```", ""])
+
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+# license: choose one before you publish
+---
+# {name}
+
+Pretrained from scratch with megatron_steel {version}.
+
+| | |
+|---|---|
+{table}
+
+{warning}{load}"""
+
 _WARNING = """\
 **This model's loss sees the future.** Its soft mixture of experts mixes over the whole sequence, so each position was
 trained with a view of the tokens it had to predict. The losses above are not language-model losses, and text generated
 token by token is worse than they promise.
 
-"""
-
-_HOW_TO_LOAD = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})
-tokenizer = AutoTokenizer.from_pretrained(folder{trust})
-inputs = tokenizer("你好", return_tensors="pt", add_special_tokens=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
-```
 """

@@ -31,9 +31,10 @@ _ALWAYS = ("tie_word_embeddings",)  # versions differ in its default
 
 def write_companions(
     folder: Path, config: "PretrainedConfig", architecture: str, dtype: str, recipe: "Recipe", tokenizer: "Tokenizer"
-) -> None:
+) -> str | None:
     """Write config.json and generation_config.json and copy code and tokenizer into `folder`.
 
+    Returns: the transformers class that loads the tokenizer; None where the folder has no Hugging Face tokenizer.
     Raises SteelError when the copied tokenizer gives other ids than the original.
     """
     # First, while there is no config.json: transformers would ask whether to run the code that it names.
@@ -46,6 +47,7 @@ def write_companions(
     _write_json(folder / "generation_config.json", {**generation, "transformers_version": tree["transformers_version"]})
     for file in code_files(config, recipe.model.path):
         shutil.copyfile(file, folder / file.name)
+    return tokenizer_class(folder, config, tokenizer) if Path(recipe.tokenizer.path).is_dir() else None
 
 
 def config_tree(config: "PretrainedConfig", architecture: str, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +133,32 @@ def copy_tokenizer(source: Path, folder: Path, original: "Tokenizer") -> None:
     if load_tokenizer(folder).fingerprint != original.fingerprint:
         raise SteelError("the copied tokenizer gives other ids than the original", source,
                          "save it as a plain Hugging Face tokenizer folder and name that in tokenizer.path")  # fmt: skip
+
+
+def tokenizer_class(folder: Path, config: "PretrainedConfig", original: "Tokenizer") -> str:
+    """`AutoTokenizer`, or the class to name where the model's type leads AutoTokenizer to another tokenizer.
+
+    transformers 5 builds Qwen2's tokenizer for `model_type: qwen2` whatever tokenizer_config.json says.
+    """
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    from megatron_steel.data.tokenizer import PROBES
+
+    texts = list(PROBES)
+    settings = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        found = AutoTokenizer.from_pretrained(str(folder), config=config, **settings)
+        if found(texts, add_special_tokens=False)["input_ids"] == original.encode_batch(texts):
+            return "AutoTokenizer"
+    except Exception as error:  # whatever the wrong class makes of these files
+        dist.log.warning("AutoTokenizer fails for model_type %s: %s", config.model_type, error)
+    by_files = type(AutoTokenizer.from_pretrained(str(folder), config=PretrainedConfig(), **settings)).__name__
+    name = "PreTrainedTokenizerFast" if by_files == "TokenizersBackend" else by_files
+    dist.log.warning(
+        "for model_type %s AutoTokenizer does not load the tokenizer of the training: load the export's with %s",
+        config.model_type, name,
+    )  # fmt: skip
+    return name
 
 
 def _is_native(config: "PretrainedConfig") -> bool:

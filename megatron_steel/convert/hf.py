@@ -59,9 +59,9 @@ def export(
         files = shards.write_shards(
             stream_weights(checkpoint.path), blueprint.shapes, folder, dtype, checkpoint.path
         )  # fmt: skip
-        companions.write_companions(folder, config, blueprint.architecture, dtype, recipe, tokenizer)
+        loader = companions.write_companions(folder, config, blueprint.architecture, dtype, recipe, tokenizer)
         difference = verify_export(checkpoint, folder) if verify else None
-        card.write_card(folder, target.name, checkpoint, config, blueprint.parameters, dtype, difference)
+        card.write_card(folder, target.name, checkpoint, config, blueprint.parameters, dtype, loader, difference)
     print(
         f"{output}: {blueprint.architecture} of step {checkpoint.step:,}, {blueprint.parameters:,} parameters "
         f"in {dtype}, {len(files)} weight file{'s' if len(files) > 1 else ''}"
@@ -79,8 +79,12 @@ def find_checkpoint(source: Path) -> Checkpoint:
         for problem in passed_over:
             dist.log.warning("passed over a checkpoint: %s", problem)
         if checkpoint is None:
-            why = f"none of its {len(passed_over)} checkpoints is whole" if passed_over else "it holds no checkpoint yet"
-            raise SteelError(f"the run cannot be exported: {why}", source, "name another run, or train this one further")
+            why = (
+                f"none of its {len(passed_over)} checkpoints is whole" if passed_over else "it holds no checkpoint yet"
+            )
+            raise SteelError(
+                f"the run cannot be exported: {why}", source, "name another run, or train this one further"
+            )
         return checkpoint
     if (source / MANIFEST).is_file() or source.name.startswith("step-"):
         return verify_checkpoint(source)

@@ -7,6 +7,7 @@ Imports transformers and nothing of this package, which it makes impossible to i
 
 import json
 import sys
+from typing import Any
 
 
 class _NotHere:
@@ -28,9 +29,10 @@ def main(folder: str, result: str, tokens: str, code: str) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=code == "trust", local_files_only=True, output_loading_info=True
     )
+    model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise SystemExit(f"{kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:4]}")

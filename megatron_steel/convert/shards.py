@@ -124,6 +124,7 @@ def _name_files(written: list[list[str]], total_bytes: int, folder: Path) -> lis
         names = ["model.safetensors"]
     for i, name in enumerate(names):
         os.replace(folder / f"{i}.part", folder / name)
+        os.chmod(folder / name, folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
     if count > 1:
         weight_map = {tensor: name for name, part in zip(names, written, strict=True) for tensor in part}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}

@@ -13,7 +13,9 @@ from megatron_steel.errors import SteelError
 
 TASK = "ceval-valid"
 FEW_SHOT = 5
-PROMPT = "description of the subject, {question}\\nA. ..\\nB. ..\\nC. ..\\nD. ..\\n答案：, log-likelihood of ' A' to ' D'"
+PROMPT = (
+    "description of the subject, {question}\\nA. ..\\nB. ..\\nC. ..\\nD. ..\\n答案：, log-likelihood of ' A' to ' D'"
+)
 _COLUMNS = ("question", "A", "B", "C", "D", "answer")
 _SPLITS = ("dev", "val")
 
@@ -46,7 +48,9 @@ def local_tasks(folder: Path) -> list[dict[str, Any]]:
     for subject, shipped in shipped_files().items():
         files = {split: folder / split / f"{subject}_{split}.csv" for split in _SPLITS}
         if all(file.is_file() for file in files.values()):
-            specs.append(_task(shipped_task(shipped), {split: _rows(file) for split, file in files.items()}, files["val"]))
+            specs.append(
+                _task(shipped_task(shipped), {split: _rows(file) for split, file in files.items()}, files["val"])
+            )
     if not specs:
         raise SteelError("there is no C-Eval subject here", folder,
                          "name the folder that holds dev/SUBJECT_dev.csv and val/SUBJECT_val.csv")  # fmt: skip
@@ -110,6 +114,10 @@ def _rows(file: Path) -> list[dict[str, str]]:
     for number, row in enumerate(rows, start=1):
         empty = [column for column in _COLUMNS if not row[column]]
         if empty or row["answer"] not in ("A", "B", "C", "D"):
-            what = f"question {number} has no {empty[0]}" if empty else f"the answer of question {number} is {row['answer']!r}"
+            what = (
+                f"question {number} has no {empty[0]}"
+                if empty
+                else f"the answer of question {number} is {row['answer']!r}"
+            )
             raise SteelError(what, file, "give it a question, four choices and an answer from A to D")
     return [{column: row[column] for column in ("id", *_COLUMNS) if row.get(column) is not None} for row in rows]

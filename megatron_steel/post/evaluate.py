@@ -93,13 +93,22 @@ def _harness_model(loaded: Loaded) -> Any:
 def _score(model: Any, task: str, spec: list[Any], manager: Any) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
 
-    found = simple_evaluate(model=model, tasks=spec, task_manager=manager, bootstrap_iters=0, log_samples=False)
+    shots = ceval.FEW_SHOT if spec == [ceval.TASK] else None  # the harness's task leaves the number open
+    found = simple_evaluate(
+        model=model, tasks=spec, task_manager=manager, num_fewshot=shots, bootstrap_iters=0, log_samples=False
+    )
     if task == ceval.TASK:
         return ceval.summary(found)
-    n = sum(counts["effective"] for counts in found["n-samples"].values())
-    metrics = {key.removesuffix(",none"): value for key, value in found["results"][task].items() if key.endswith(",none")}
-    shots = sorted(set(found["n-shot"].values()))
-    return {**metrics, "n": n, "version": found["versions"].get(task), "few_shot": shots[0] if len(shots) == 1 else shots}
+    own = found["results"].get(task, {})  # a tag has no figure of its own
+    metrics = {key.removesuffix(",none"): value for key, value in own.items() if key.endswith(",none")}
+    used = sorted(set(found["n-shot"].values()))
+    return {
+        **metrics,
+        "n": sum(counts["effective"] for counts in found["n-samples"].values()),
+        "version": found["versions"].get(task),
+        "few_shot": used[0] if len(used) == 1 else used,
+        "parts": found["results"] if len(found["n-samples"]) > 1 else {},
+    }
 
 
 def _protocol(model_dir: str, loaded: Loaded, model: Any) -> dict[str, Any]:

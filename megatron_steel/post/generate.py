@@ -59,7 +59,9 @@ def _document_start(defaults: Any, model_dir: str) -> int:
     for token in (defaults.bos_token_id, defaults.eos_token_id):
         if token is not None:
             return token[0] if isinstance(token, list) else token
-    raise SteelError("the prompt is empty and the model has no token that begins a text", model_dir, "give --prompt a text")
+    raise SteelError(
+        "the prompt is empty and the model has no token that begins a text", model_dir, "give --prompt a text"
+    )
 
 
 def _coder(loaded: Loaded, folder: Path) -> tuple[Callable[[str], list[int]], Callable[[Sequence[int]], str]]:

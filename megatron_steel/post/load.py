@@ -46,7 +46,7 @@ def load(model_dir: str, trust_code: bool = False) -> Loaded:
             "read the .py files there, then add --trust-code",
         )
     gpu = torch.cuda.is_available()
-    settings = {"dtype": torch.bfloat16 if gpu else torch.float32, "local_files_only": True}
+    settings: dict[str, Any] = {"dtype": torch.bfloat16 if gpu else torch.float32, "local_files_only": True}
     try:
         if own:
             from megatron_steel.model.modeling_steel import SteelForCausalLM
@@ -95,9 +95,15 @@ def _is_native(tree: dict[str, Any]) -> bool:
 
 
 def _tokenizer(folder: Path, config: Any, trust_code: bool) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+    files = [folder / "tokenizer_config.json", folder / "tokenizer.json"]
+    if not any(file.is_file() for file in files):
         return None
+    if all(file.is_file() for file in files):
+        name = json.loads(files[0].read_text(encoding="utf-8")).get("tokenizer_class")
+        if name in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            # tokenizer.json is all there is to it; for some model types AutoTokenizer would take another class.
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     # With the configuration given, transformers does not ask about the code that config.json names.
     return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=trust_code)

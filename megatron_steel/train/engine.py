@@ -138,7 +138,12 @@ def start_engine(
     assert kernel is not None
     dist.log.info("optimizer: AdamW by %s%s", kernel, " (optim.kernel: auto)" if optim.kernel == "auto" else "")
     adam = optimizer.build(kernel, groups, optim, device.type, offload)
-    return deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
+    if hasattr(engine.optimizer, "fp32_groups") and zero_stage(config) == 0:
+        # At stage 0 in bf16 DeepSpeed steps once over zeros at start and leaves Adam's counters at 1, which would
+        # spoil the bias correction of every later step.
+        engine.optimizer.optimizer.state.clear()
+    return engine
 
 
 def quiet_deepspeed(device: "torch.device") -> Any:

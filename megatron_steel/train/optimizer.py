@@ -6,6 +6,7 @@ a schedule has no state to save. Knows nothing of ZeRO: sharding wraps what is b
 
 import importlib
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,11 @@ def choose(kernel: str, device: str, offload: bool) -> str:
 def build(
     kernel: str, groups: list[dict[str, Any]], optim: Optim, device: str, offload: bool
 ) -> "torch.optim.Optimizer":
-    """AdamW over parameter groups (each with its own `weight_decay`), in the kernel that `choose` returned."""
-    settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+    """AdamW over parameter groups (each with its own `weight_decay`), in the kernel that `choose` returned.
+
+    The learning rate is 0 until the loop sets it: DeepSpeed makes an empty step at start, which must not decay.
+    """
+    settings: dict[str, Any] = {"lr": 0.0, "betas": tuple(optim.betas), "eps": optim.eps}
     if kernel == "apex":
         return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **settings)
     if kernel == "deepspeed":
@@ -104,8 +108,6 @@ def _refuse_impossible_build(device: str, offload: bool) -> None:
     if missing:
         raise SteelError(f"DeepSpeed compiles {name} at first use and {', '.join(missing)} is not on the path",
                          "optim.kernel=deepspeed", "install it, or use optim.kernel=auto")  # fmt: skip
-    import os
-
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())

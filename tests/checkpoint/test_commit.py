@@ -46,7 +46,10 @@ def _flip(file):
 
 DAMAGE = {
     "one bit": (lambda p: _flip(p / "engine/shard.pt"), "content of engine/shard.pt has changed"),
-    "one byte less": (lambda p: os.truncate(p / "engine/shard.pt", 699), "shard.pt is 699 bytes, the manifest says 700"),
+    "one byte less": (
+        lambda p: os.truncate(p / "engine/shard.pt", 699),
+        "shard.pt is 699 bytes, the manifest says 700",
+    ),
     "empty": (lambda p: os.truncate(p / "engine/meta.pt", 0), "meta.pt is 0 bytes"),
     "missing": (lambda p: (p / "engine/meta.pt").unlink(), "meta.pt is missing"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "no manifest"),

@@ -31,7 +31,11 @@ def make(name: str, tree: dict, output: Path, device: torch.device) -> None:
     for step in range(1, 3):
         ids = torch.randint(0, model.config.vocab_size, (recipe.train.micro_batch_size, 17), generator=generator)
         engine.backward(engine(input_ids=ids[:, :-1], labels=ids[:, 1:]) / ids[:, 1:].numel())
+        for group in engine.optimizer.param_groups:
+            group["lr"] = recipe.optim.lr
         engine.step()
+        if step % recipe.train.save_every_steps:
+            continue
         facts = {"recipe": recipe.to_dict(), "data": [{"name": "made-up", "tokens": 4321}]}
         progress = state.Progress(step, 64 * step, {})
         state.save(engine, output / name / "checkpoints", progress, facts, group_names, keep_last=2)

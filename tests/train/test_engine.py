@@ -49,7 +49,13 @@ def test_the_recipe_decides_batch_precision_and_clipping():
 
 @pytest.mark.parametrize(
     ("gib", "ranks", "stage"),
-    [(80, 1, "zero1.json"), (24, 8, "zero1.json"), (8, 8, "zero2.json"), (6, 8, "zero3.json"), (2, 8, "zero3_offload.json")],
+    [
+        (80, 1, "zero1.json"),
+        (24, 8, "zero1.json"),
+        (8, 8, "zero2.json"),
+        (6, 8, "zero3.json"),
+        (2, 8, "zero3_offload.json"),
+    ],
 )
 def test_auto_takes_the_smallest_stage_that_fits_a_billion_parameters(gib, ranks, stage):
     assert engine.smallest_stage_that_fits(10**9, 2 * 2**30, gib * 2**30, ranks) == stage

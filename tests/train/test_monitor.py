@@ -38,7 +38,9 @@ def test_lines_after_the_checkpoint_and_torn_lines_are_cut(tmp_path):
     file = tmp_path / METRICS
     file.write_text("".join(json.dumps({"step": s, "loss": s / 2}) + "\n" for s in (1, 2, 3, 4)) + '{"step": 5, "lo')
     cut_back(file, 3)
-    assert [json.loads(line) for line in file.read_text().splitlines()] == [{"step": s, "loss": s / 2} for s in (1, 2, 3)]
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        {"step": s, "loss": s / 2} for s in (1, 2, 3)
+    ]
 
 
 def test_a_resumed_board_shows_each_step_once(tmp_path):
@@ -48,7 +50,12 @@ def test_a_resumed_board_shows_each_step_once(tmp_path):
             monitor.scalars(step, {"tokens": step * 10.0, "loss": value})
         monitor.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / METRICS)] == [(1, 1), (2, 1), (3, 2), (4, 2)]
-    assert [(e.step, e.value) for e in _board(tmp_path / "tensorboard").Scalars("loss")] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert [(e.step, e.value) for e in _board(tmp_path / "tensorboard").Scalars("loss")] == [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 2),
+    ]
 
 
 def test_a_loss_that_sees_the_future_says_so_in_its_tag(tmp_path):
@@ -62,5 +69,9 @@ def test_numbers_that_are_none_stay_valid_json(tmp_path):
     monitor = Monitor(tmp_path, 0)
     monitor.scalars(1, {"tokens": 1.0, "loss": float("nan")})
     monitor.close()
-    assert json.loads((tmp_path / METRICS).read_text(), parse_constant=pytest.fail) == {"step": 1, "tokens": 1.0, "loss": None}
+    assert json.loads((tmp_path / METRICS).read_text(), parse_constant=pytest.fail) == {
+        "step": 1,
+        "tokens": 1.0,
+        "loss": None,
+    }
     assert draw_losses(tmp_path) is None

@@ -73,7 +73,10 @@ def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
 
 def _train(kind, steps=100):
     generator = torch.Generator().manual_seed(3)
-    weights = [torch.nn.Parameter(torch.randn(7, 5, generator=generator)), torch.nn.Parameter(torch.randn(5, generator=generator))]
+    weights = [
+        torch.nn.Parameter(torch.randn(7, 5, generator=generator)),
+        torch.nn.Parameter(torch.randn(5, generator=generator)),
+    ]
     groups = [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}]
     optim = Optim(lr=1e-2)
     adam = (

@@ -31,7 +31,13 @@ def test_stop_and_resume_in_a_fresh_process_is_bitwise(ranks, tiny_recipe, launc
 
 def test_sigterm_to_one_rank_saves_together_and_exits_75(tiny_recipe, launch, metrics, tmp_path):
     run = tmp_path / "run"
-    arguments = (tiny_recipe, f"run.dir={run}", "train.steps=400", "train.save_every_steps=400", "train.eval_every_steps=400")
+    arguments = (
+        tiny_recipe,
+        f"run.dir={run}",
+        "train.steps=400",
+        "train.save_every_steps=400",
+        "train.eval_every_steps=400",
+    )
     process = subprocess.Popen(launch_command(2, *arguments), env=one_thread(), stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
     deadline = time.time() + 120

@@ -9,11 +9,13 @@ runs in a fresh process, so that neither memory nor DeepSpeed's state leaks into
 alternate, so that a clock that slows down slows all of them. `results.json` and `README.md` in the output folder are
 written anew after every measurement; a part run later joins what is there. Exit code 1 when a parity check failed.
 
-This process imports neither torch nor DeepSpeed: it must not hold memory on the device.
+Except for toys this process imports neither torch nor DeepSpeed: it must not hold memory on the device.
 """
 
 import argparse
+import contextlib
 import datetime
+import io
 import json
 import os
 import re
@@ -174,8 +176,13 @@ class Suite:
         """Run one task in a fresh process. Returns what it said, and what went wrong ('' for nothing)."""
         if seconds < 5:
             return [], "no time was left"
+        if self.toy and task["task"] != "parity":
+            return self._take(_in_this_process(task)), ""  # toys are too small to leak, and a start costs seconds
         command = [sys.executable, str(HERE / "gpu_suite.py"), "--child", json.dumps(task | {"toy": self.toy})]
-        with tempfile.TemporaryFile("w+", errors="replace") as said, tempfile.TemporaryFile("w+", errors="replace") as talk:
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as said,
+            tempfile.TemporaryFile("w+", errors="replace") as talk,
+        ):
             process = subprocess.Popen(command, stdout=said, stderr=talk, cwd=ROOT, env=_environment())
             problem = ""
             try:
@@ -187,13 +194,17 @@ class Suite:
                 process.kill()  # it takes SIGTERM for a wish to save
                 process.wait()
             said.seek(0), talk.seek(0)
-            rows, last = lines.heard(said.read()), talk.read().strip().splitlines()[-1:]
+            rows, last = self._take(lines.heard(said.read())), talk.read().strip().splitlines()[-1:]
+        return rows, f"{problem}: {last[0][:300]}" if problem and last else problem
+
+    def _take(self, rows: list[Row]) -> list[Row]:
+        """Keep what is said about the machine and notes; pass everything on."""
         for row in rows:
             if row["kind"] == "device":
                 self.results["facts"] |= {k: v for k, v in row.items() if k != "kind"}
             if row["kind"] == "note":
                 self.note(row["text"])
-        return rows, f"{problem}: {last[0][:300]}" if problem and last else problem
+        return rows
 
     def note(self, text: str) -> None:
         print(f"  {text}")
@@ -241,6 +252,12 @@ def _child(task: Row) -> int:
     return 0
 
 
+def _in_this_process(task: Row) -> list[Row]:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        _child(task | {"toy": True})
+    return lines.heard(said.getvalue())
+
+
 def _environment() -> dict[str, str]:
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     # A micro-batch that fits must not fail because memory lies in pieces; the same for all implementations.
@@ -273,12 +290,16 @@ def _commit() -> Row:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parity", action="store_true", help="fused pieces and ZeRO steps against their plain twins")
-    parser.add_argument("--speed", nargs="*", metavar="RECIPE", help="tokens/s beside plain PyTorch (default: all three)")
+    parser.add_argument(
+        "--speed", nargs="*", metavar="RECIPE", help="tokens/s beside plain PyTorch (default: all three)"
+    )
     parser.add_argument("--profile", nargs="*", metavar="RECIPE", help="where the time of our micro-batch goes")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, also on a CPU; no figure to quote")
     parser.add_argument("--out", type=Path, help="folder (default docs/benchmarks/gpu-DEVICE-DATE)")
     parser.add_argument("--largest-micro-batch", type=int, default=sizes.SAMPLES_PER_STEP, help="where doubling ends")
-    parser.add_argument("--build-deepspeed-adam", action="store_true", help="compile DeepSpeed's FusedAdam for --parity")
+    parser.add_argument(
+        "--build-deepspeed-adam", action="store_true", help="compile DeepSpeed's FusedAdam for --parity"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
 

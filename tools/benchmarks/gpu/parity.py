@@ -7,7 +7,7 @@ run, with the reason; neither passes. Knows nothing of speed.
 import contextlib
 import importlib.metadata
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from megatron_steel.train import optimizer
 
 STEPS = 6
 # Relative (Frobenius) errors. In bf16 one rounding is 2^-9 = 0.002; products of such numbers are a few times worse.
-HEAD_TOLERANCE = {"fp32": {"loss": 1e-6, "gradient": 1e-5}, "bf16": {"loss": 1e-4, "gradient": 1e-2}}
+HEAD_TOLERANCE = {"fp32": {"loss": 1e-6, "gradient": 1e-5}, "bf16": {"loss": 1e-3, "gradient": 1e-2}}
 ADAM_TOLERANCE = 1e-5  # absolute, of weights near 1 after 100 steps
 # Loss: absolute. Norm: relative. Update: Frobenius of the difference of (weights - first weights), relative.
 STEP_TOLERANCE = {
@@ -36,7 +36,7 @@ STEP_TOLERANCE = {
 class Check:
     name: str
     status: str
-    """pass, fail or not run"""
+    """pass, fail, not run, or peer: another project's figure, which decides nothing here"""
     measured: float | None
     tolerance: float | None
     reason: str = ""
@@ -60,7 +60,8 @@ def all_checks(device: torch.device, toy: bool, build_deepspeed: bool) -> Iterat
     for kernel in ("torch", "deepspeed", "apex"):
         yield from _guarded(f"AdamW by {kernel}", adam, device, kernel, build_deepspeed)
     for piece in ("head", "RMSNorm", "SwiGLU"):
-        yield from _guarded(f"liger {piece}", liger, device, piece)
+        for check in _guarded(f"liger {piece}", liger, device, piece):
+            yield check if check.status == "not run" else replace(check, status="peer")
     for name in ("tiny", "zh-1b"):
         yield from _guarded(f"step {name}", steps, device, name, toy)
 
@@ -172,7 +173,9 @@ def liger(device: torch.device, piece: str) -> Iterator[Check]:
         loss = peer.liger_fused_linear_cross_entropy(mine, w, labels, reduction="sum")
         yield from _head_checks(name, "bf16", loss, torch.autograd.grad(loss * 0.37, [mine, w]), hidden, weight, labels)
         return
-    other = torch.randn_like(hidden).requires_grad_() if piece == "SwiGLU" else torch.ones_like(hidden[0]).requires_grad_()
+    other = (
+        torch.randn_like(hidden).requires_grad_() if piece == "SwiGLU" else torch.ones_like(hidden[0]).requires_grad_()
+    )
     h, o = (x.detach().float().requires_grad_() for x in (mine, other))
     if piece == "SwiGLU":
         got, plain = peer.liger_swiglu(mine, other), F.silu(h) * o

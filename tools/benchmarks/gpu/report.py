@@ -51,7 +51,9 @@ def summary(rows: list[Row]) -> list[Row]:
         one = with_shares(same[0] | {"tokens_per_second": rate, "step_seconds": seconds})
         merged.append(one | {"rounds": len(same), "memory_gib": max(r["memory_gib"] for r in same)})
     plain = {r["recipe"]: r["tokens_per_second"] for r in merged if r["peer"]}
-    return [r | {"ratio": r["tokens_per_second"] / plain[r["recipe"]] if r["recipe"] in plain else None} for r in merged]
+    return [
+        r | {"ratio": r["tokens_per_second"] / plain[r["recipe"]] if r["recipe"] in plain else None} for r in merged
+    ]
 
 
 def markdown(results: Row) -> str:
@@ -110,7 +112,12 @@ def _probes(rows: list[Row]) -> str:
     text = "## Micro-batches\n\nDoubled until memory ran out; one step with its optimizer.\n\n"
     titles = ("recipe", "implementation", "micro-batch", "tokens/s")
     cells = (
-        [r["recipe"], r["way"], str(r["micro_batch"]), f"{r['tokens_per_second']:,.0f}" if r["fits"] else "out of memory"]
+        [
+            r["recipe"],
+            r["way"],
+            str(r["micro_batch"]),
+            f"{r['tokens_per_second']:,.0f}" if r["fits"] else "out of memory",
+        ]
         for r in rows
     )
     return text + _table(titles, cells)
@@ -130,7 +137,7 @@ def _heads(rows: list[Row]) -> str:
 
 def _checks(rows: list[Row]) -> str:
     cells = (
-        [r["name"], r["status"], _figure(r["measured"]), _figure(r["tolerance"]), r["reason"].replace("|", "/")]
+        [r["name"].replace("|", "/"), r["status"], _figure(r["measured"]), _figure(r["tolerance"]), r["reason"]]
         for r in rows
     )
     return "## Parity\n\n" + _table(("check", "result", "measured", "tolerance", "reason"), cells)
