@@ -312,7 +312,13 @@ def known_keys(cls: type = Recipe, before: str = "") -> list[str]:
     return keys
 
 
-_ALL_KEYS = [*known_keys(), "data.train.prefix", "data.train.weight", "data.validation.prefix", "data.validation.weight"]
+_ALL_KEYS = [
+    *known_keys(),
+    "data.train.prefix",
+    "data.train.weight",
+    "data.validation.prefix",
+    "data.validation.weight",
+]
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

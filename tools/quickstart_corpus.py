@@ -1,6 +1,6 @@
 """Write the quickstart's corpus: the shipped bilingual samples, and this interpreter's own library and documentation.
 
-    python tools/quickstart_corpus.py DIR      makes DIR/samples.jsonl and DIR/python.jsonl
+python tools/quickstart_corpus.py DIR      makes DIR/samples.jsonl and DIR/python.jsonl
 """
 
 import json

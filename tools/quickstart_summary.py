@@ -1,6 +1,6 @@
 """What the quickstart made: losses, speed, where everything lies, and what to try next.
 
-    python tools/quickstart_summary.py runs/quickstart
+python tools/quickstart_summary.py runs/quickstart
 """
 
 import statistics

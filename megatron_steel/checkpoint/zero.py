@@ -5,6 +5,8 @@ and joins one tensor's pieces at a time; two layouts that it does not know (stag
 models: names and shapes come from the files.
 """
 
+import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,8 @@ def stream_weights(checkpoint: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
 def _zero_weights(checkpoint: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    lazy = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE, lazy_mode=True)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints its progress
+        lazy = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE, lazy_mode=True)
     seen: set[int] = set()
     for name, pieces in lazy.items():
         if id(pieces) in seen:

@@ -78,7 +78,7 @@ def _from_folder(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a broken folder makes it raise
         what = f"transformers cannot load this tokenizer: {type(error).__name__}: {error}"
         raise SteelError(what, path, "give a folder with tokenizer.json or the files of its class") from None
