@@ -5,6 +5,7 @@ Control messages travel over a gloo group on the CPU, so that asking "has any ra
 waits for the GPU. Knows nothing of models, data or DeepSpeed.
 """
 
+import atexit
 import datetime
 import logging
 import os
@@ -47,7 +48,10 @@ def is_main() -> bool:
 
 
 def start() -> "torch.device":
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
+
+    The group lasts until the process ends: DeepSpeed keeps references to it and cannot start twice on two groups.
+    """
     import torch
 
     gpu = torch.cuda.is_available()
@@ -55,7 +59,10 @@ def start() -> "torch.device":
         torch.cuda.set_device(local_rank())
     if not torch.distributed.is_initialized():
         # A store in memory needs no port, so that one process starts anywhere, also twice.
-        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
+        alone: dict[str, Any] = (
+            {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
+        )
+        atexit.register(_leave)
         torch.distributed.init_process_group("nccl" if gpu else "gloo", timeout=_TIMEOUT, **alone)
     if not gpu and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one machine share its cores; torch alone would give every rank all of them.
@@ -69,8 +76,7 @@ def start() -> "torch.device":
     return torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
 
 
-def finish() -> None:
-    """Leave the process group; nothing may be reduced afterwards."""
+def _leave() -> None:
     import torch
 
     _control.clear()

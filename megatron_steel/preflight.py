@@ -6,6 +6,7 @@ Whatever bad input can cause ends here, on all ranks alike. Knows nothing of eng
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_steel import dist
@@ -40,13 +41,19 @@ def plan_run(recipe: Recipe) -> RunPlan:
     Raises SteelError on all ranks: unreadable data, an id outside the vocabulary, sequences longer than the data, an
     impossible model, a run of no steps.
     """
+    import torch
+
     from megatron_steel.data.segments import samples_per_epoch
     from megatron_steel.data.tokenizer import load_tokenizer
-    from megatron_steel.model.build import build_config
+    from megatron_steel.model.build import build_config, construct
     from megatron_steel.model.flops import flops_per_token, parameters
+    from megatron_steel.model.training import require_document_mask
 
     def check() -> RunPlan:
         config = build_config(recipe.model, load_tokenizer(recipe.tokenizer.path).vocab_size)
+        if recipe.data.document_mask:
+            with torch.device("meta"):
+                require_document_mask(construct(config, torch.float32))
         train = _members(recipe.data.train, config.vocab_size)
         validation = _members(recipe.data.validation, config.vocab_size) if recipe.data.validation else []
         length = recipe.data.sequence_length
@@ -103,6 +110,17 @@ def validation_batches_of(recipe: Recipe, plan: RunPlan) -> "Callable[[], Iterat
     dataset = open_dataset(plan.validation, order)
     ranks = recipe.train.micro_batch_size, dist.rank(), dist.world_size(), recipe.data.document_mask
     return lambda: validation_batches(dataset, samples, *ranks)
+
+
+def position(order: "OrderState", members: "list[Member]") -> dict[str, float]:
+    """How far the data is: samples spent, and epochs of each data set (1.5: half of the second)."""
+    from megatron_steel.data.order import blocks
+
+    drawn = order.drawn_before(order.next_sample)
+    length = order.segments[-1].sequence_length
+    epochs = {f"epochs_{Path(m.prefix).name}": drawn[m.digest][0] + drawn[m.digest][1] / blocks(m.tokens, length)
+              for m in members}  # fmt: skip
+    return {"samples": order.next_sample, **epochs}
 
 
 def _members(data: str | list[Prefix], vocab_size: int) -> "list[Member]":

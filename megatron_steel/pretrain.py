@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 import yaml
 
 from megatron_steel import dist, preflight
-from megatron_steel.errors import SteelError
+from megatron_steel.errors import SteelError, Stopped
 from megatron_steel.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     import torch
+    from deepspeed import DeepSpeedEngine
     from transformers import PretrainedConfig
 
     from megatron_steel.checkpoint.commit import Checkpoint
-    from megatron_steel.data.loader import Batch
 
 
 def main(argv: list[str]) -> int:
@@ -55,18 +55,18 @@ def run(name: str, overrides: list[str], dry_run: bool = False) -> None:
     except SteelError as error:
         together = error.shared
         raise
-    except Exception as error:
-        together = type(error).__name__ == "Stopped"
+    except Stopped:
+        raise
+    except Exception:
+        together = False
         raise
     finally:
         if together:
             dist.barrier()  # the launcher kills the others as soon as one rank has left with an error
-        dist.finish()
 
 
 def _train(recipe: Recipe, device: "torch.device", dry_run: bool) -> None:
     from megatron_steel.data.loader import Loader
-    from megatron_steel.model import build
     from megatron_steel.train import engine as engines
     from megatron_steel.train import lock, loop, state
     from megatron_steel.train.monitor import Monitor
@@ -86,45 +86,29 @@ def _train(recipe: Recipe, device: "torch.device", dry_run: bool) -> None:
         return
 
     held = dist.together(lambda: _open_folder(folder, recipe, config, lock.take), only=dist.is_main())
-    model = build.build_model(plan.config, recipe.run.seed, None if checkpoint else recipe.model.init_from)
-    build.prepare_for_training(model, recipe.train.activation_checkpointing)
-    groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)
-    names = {id(p): name for name, p in model.named_parameters()}
-    group_names = [[names[id(p)] for p in group["params"]] for group in groups]
-    engine = engines.start_engine(model, groups, recipe.optim, config, device)
+    engine, group_names = _start_engine(recipe, plan, config, checkpoint, device)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
-    facts = {
-        "recipe": recipe.to_dict(),
-        "world_size": dist.world_size(),
-        "zero_stage": engines.zero_stage(config),
-        "parameters": plan.parameters,
-        "data": [{"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name} for m in plan.train],
-    }
+    facts = _facts(recipe, plan, config)
     monitor = Monitor(folder, progress.step, _sees_future(plan.config))
-    monitor.text("recipe", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
-    samples = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
-    with Loader(
-        preflight.open_dataset(plan.train, order), order, *samples, document_mask=recipe.data.document_mask
-    ) as loader:
+    monitor.text("recipe", _as_yaml(recipe))
+    dataset = preflight.open_dataset(plan.train, order)
+    cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
+    with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask) as loader:
 
         def save(step: int, tokens: int) -> None:
             now = state.Progress(step, tokens, loader.state.to_json())
             path = state.save(engine, folder / "checkpoints", now, facts, group_names, recipe.train.keep_last)
             dist.log.info("saved %s", path)
 
-        def batches() -> "Iterator[list[Batch]]":
-            while True:
-                yield loader.step()
-
         job = loop.Job(
             engine=engine,
             recipe=recipe,
             monitor=monitor,
             watch=watch,
-            batches=batches(),
+            next_batches=loader.step,
             validation=preflight.validation_batches_of(recipe, plan),
             save=save,
-            position=lambda: {"samples": float(loader.state.next_sample)},
+            position=lambda: preflight.position(loader.state, plan.train),
             out_of_memory=_out_of_memory(recipe, plan, device),
             steps=plan.steps,
             step=progress.step,
@@ -138,6 +122,42 @@ def _train(recipe: Recipe, device: "torch.device", dry_run: bool) -> None:
             monitor.close()
     dist.log.info("done: %s", folder)
     del held  # the folder's lock was ours until here
+
+
+def _start_engine(
+    recipe: Recipe,
+    plan: preflight.RunPlan,
+    config: dict[str, Any],
+    checkpoint: "Checkpoint | None",
+    device: "torch.device",
+) -> "tuple[DeepSpeedEngine, list[list[str]]]":
+    """The engine, and the names of the parameters in each optimizer group."""
+    from megatron_steel.model import build
+    from megatron_steel.train import engine as engines
+
+    def make() -> Any:
+        start_from = None if checkpoint else recipe.model.init_from
+        model = build.build_model(plan.config, recipe.run.seed, start_from, recipe.model.trust_code)
+        return build.prepare_for_training(model, recipe.train.activation_checkpointing)
+
+    model: Any = dist.together(make)
+    groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)
+    names = {id(p): name for name, p in model.named_parameters()}
+    group_names = [[names[id(p)] for p in group["params"]] for group in groups]
+    return engines.start_engine(model, groups, recipe.optim, config, device), group_names
+
+
+def _facts(recipe: Recipe, plan: preflight.RunPlan, config: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's manifest says besides step, tokens and order."""
+    from megatron_steel.train.engine import zero_stage
+
+    return {
+        "recipe": recipe.to_dict(),
+        "world_size": dist.world_size(),
+        "zero_stage": zero_stage(config),
+        "parameters": plan.parameters,
+        "data": [{"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name} for m in plan.train],
+    }
 
 
 def _sharding(recipe: Recipe, plan: preflight.RunPlan, device: "torch.device") -> str:
@@ -244,12 +264,15 @@ def _open_folder(folder: Path, recipe: Recipe, config: dict[str, Any], take: Cal
 
     folder.mkdir(parents=True, exist_ok=True)
     held = take(folder)
-    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    (folder / "recipe.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
     (folder / "ds_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     environment = {"versions": versions(), "world_size": dist.world_size(), "command": sys.argv}
     (folder / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
     return held
+
+
+def _as_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,8 @@ def engine_config(recipe: Recipe, file: dict[str, Any], world_size: int) -> dict
         **file,
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(recipe.train, world_size),
-        "gradient_clipping": recipe.optim.clip_grad_norm,
+        # Written out also when it is 0, because DeepSpeed clips at 1 by default. At stage 0 in fp32 the loop clips.
+        "gradient_clipping": recipe.optim.clip_grad_norm if stage > 0 or recipe.train.precision == "bf16" else 0.0,
         "steps_per_print": 1 << 60,  # the loop prints
         "zero_allow_untested_optimizer": False,
         "zero_force_ds_cpu_optimizer": False,  # offload runs on torch's AdamW where no compiler is

@@ -33,7 +33,7 @@ Batch = dict[str, "torch.Tensor"]
 class Job:
     """Everything the loop is handed; `pretrain` builds it.
 
-    `batches()` yields this rank's micro-batches of the next step; `validation()` yields its validation
+    `next_batches()` gives this rank's micro-batches of the next step; `validation()` yields its validation
     micro-batches, equally many on every rank. `save(step, tokens)` commits a checkpoint.
     """
 
@@ -41,7 +41,7 @@ class Job:
     recipe: Recipe
     monitor: Monitor
     watch: Watch
-    batches: Iterator[list[Batch]]
+    next_batches: Callable[[], list[Batch]]
     validation: Callable[[], Iterator[Batch]] | None
     save: Callable[[int, int], Any]
     position: Callable[[], dict[str, float]]
@@ -117,7 +117,7 @@ def train_step(job: Job) -> StepResult:
 
     engine, recipe = job.engine, job.recipe
     with job.clock.part("data"):
-        micro_batches = next(job.batches)
+        micro_batches = job.next_batches()
     tokens = int(dist.sum_over_ranks([float(sum(int((b["labels"] != -100).sum()) for b in micro_batches))])[0])
     torch.manual_seed((recipe.run.seed * 1_000_003 + job.step) * 8191 + dist.rank())  # dropout: same after a resume
     lr = learning_rate(job.step, recipe.schedule, recipe.optim.lr, job.steps)
@@ -135,7 +135,7 @@ def train_step(job: Job) -> StepResult:
             with job.clock.part("backward"):
                 engine.backward(loss * scale)
             with job.clock.part("optimizer"):
-                norm = apply_step(engine)
+                norm = apply_step(engine, recipe.optim.clip_grad_norm)
     except torch.OutOfMemoryError as error:
         raise TrainingError(f"out of memory in step {job.step}: {str(error).splitlines()[0]}",
                             f"train.micro_batch_size={recipe.train.micro_batch_size}", job.out_of_memory()) from error  # fmt: skip
@@ -172,10 +172,11 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
     if job.engine.device.type == "cuda":
         torch.cuda.synchronize()  # only here: the parts are host times, their sum is true at the logging step
     parts = job.clock.take(steps)
-    tokens_per_second = done.tokens / parts["seconds_step"]
+    aside = parts.get("seconds_validation", 0.0) + parts.get("seconds_save", 0.0)
+    tokens_per_second = done.tokens / (parts["seconds_step"] - aside)
     norm = done.grad_norm if done.grad_norm is not None else float(job.engine.get_global_grad_norm())
     row = {
-        "tokens": float(job.tokens),
+        "tokens": job.tokens,
         "loss": float(done.loss),
         "lr": done.lr,
         "grad_norm": norm,
@@ -183,7 +184,7 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
         **parts,
         **job.position(),
         "memory_gib": memory_gib(job.engine.device),
-        "skipped_steps": float(job.watch.skipped_steps),
+        "skipped_steps": job.watch.skipped_steps,
     }
     if job.peak_flops:
         row["share_of_peak"] = tokens_per_second * job.flops_per_token / (job.peak_flops * dist.world_size())
@@ -191,23 +192,31 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
     dist.log.info("%s", progress_line(job.step, job.steps, row, (job.steps - job.step) * parts["seconds_step"]))
 
 
-def apply_step(engine: "DeepSpeedEngine") -> float | None:
+def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None:
     """`engine.step()`. Returns the gradient norm only where DeepSpeed does not keep it: fp32 at stage 0.
 
-    There it neither measures the norm nor leaves out a step with non-finite gradients, so we do.
+    There DeepSpeed neither measures the norm nor leaves out a step with non-finite gradients, so both, and the
+    clipping, are done here (`engine_config` switches DeepSpeed's off).
     """
     import torch
 
     norm = None
-    plain = isinstance(engine.optimizer, torch.optim.Optimizer) and not engine.zero_optimization()
-    if plain and engine.bfloat16_enabled() is False and engine.is_gradient_accumulation_boundary():
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+    if is_plain(engine) and engine.is_gradient_accumulation_boundary():
+        trained = [p for p in engine.module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        norm = float(total)
         if not math.isfinite(norm):
-            for p in engine.module.parameters():
+            for p in trained:
                 p.grad = None
+        elif clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, clip_grad_norm, total)
     engine.step()
     return norm
+
+
+def is_plain(engine: "DeepSpeedEngine") -> bool:
+    """True where DeepSpeed steps the optimizer itself, without a wrapper of its own."""
+    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
 
 
 def to_device(batch: Batch, device: "torch.device") -> Batch:

@@ -66,8 +66,8 @@ def find(folder: Path) -> commit.Checkpoint | None:
     for problem in passed_over:
         dist.log.warning("passed over a checkpoint: %s", problem)
     if checkpoint is None and passed_over:
-        raise SteelError(f"none of the {len(passed_over)} checkpoints is whole", folder,
-                         "move them away to start from the beginning")  # fmt: skip
+        what = f"none of the {len(passed_over)} checkpoints is whole"
+        raise dist.shared(SteelError(what, folder, "move them away to start from the beginning"))
     return checkpoint
 
 

@@ -31,6 +31,8 @@ class Watch:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._reason == "SIGINT":
+            raise KeyboardInterrupt  # the second Ctrl-C means now
         self._reason = signal.Signals(number).name
 
     def stop_wanted(self) -> str | None:

@@ -54,4 +54,3 @@ if dist.is_main():
     moved = max(float((trained[n] - before[n]).abs().max()) for n in trained)
     (Path(out) / "moved.json").write_text(json.dumps(moved))
 dist.barrier()
-dist.finish()

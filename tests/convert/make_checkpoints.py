@@ -51,7 +51,6 @@ def main(cases: str, output: str) -> None:
     for name, tree in json.loads(Path(cases).read_text()).items():
         make(name, tree, Path(output), device)
     dist.barrier()
-    dist.finish()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_auto_values_are_refused_where_they_stand(tmp_path):
 
 
 def test_unknown_and_broken_files_are_named(tmp_path):
-    with pytest.raises(SteelError, match="no DeepSpeed file 'zero4.json'") as caught:
+    with pytest.raises(SteelError, match=r"no DeepSpeed file 'zero4\.json'") as caught:
         engine.read_config("zero4.json")
     assert "zero3_offload.json" in caught.value.remedy
     with pytest.raises(SteelError, match="not JSON"):

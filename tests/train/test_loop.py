@@ -1,0 +1,181 @@
+"""The loop's promises on one rank, in this process: equalities between runs that must not differ."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_steel import cli
+from megatron_steel.errors import TrainingError
+from megatron_steel.train.watch import Watch
+
+
+@pytest.fixture
+def train(tiny_recipe, metrics, tmp_path):
+    """train(name, *overrides): a run in this process; returns its metrics."""
+
+    def run(name: str, *overrides: str, expect: int = 0) -> dict[int, dict]:
+        assert cli.main(["pretrain", str(tiny_recipe), f"run.dir={tmp_path / name}", *overrides]) == expect
+        return metrics(tmp_path / name) if (tmp_path / name).exists() else {}
+
+    return run
+
+
+def _losses(rows):
+    return [rows[step]["loss"] for step in sorted(rows)]
+
+
+def test_activation_checkpointing_changes_no_number(train):
+    plain, checkpointed = train("plain"), train("checkpointed", "train.activation_checkpointing=true")
+    assert _losses(plain) == _losses(checkpointed)
+    assert [r["grad_norm"] for r in plain.values()] == [r["grad_norm"] for r in checkpointed.values()]
+
+
+def test_micro_batches_only_cut_the_batch(train):
+    """8 samples as 8 x 1 or 1 x 8: the sum of token losses is the same up to the order of additions in fp32."""
+    assert _losses(train("eight", "train.micro_batch_size=8")) == pytest.approx(
+        _losses(train("one", "train.micro_batch_size=1")), abs=2e-6
+    )
+
+
+def test_steps_tokens_and_epochs_name_the_same_run(train, tiny_data):
+    steps = train("steps", "train.steps=3")
+    assert _losses(train("tokens", f"train.tokens={3 * 8 * 32 - 5}")) == _losses(steps)  # rounded up to whole steps
+    blocks = (np.fromfile(tiny_data / "train.bin", np.uint16).size - 32) // 32
+    epochs = train("epochs", "train.epochs=1", "train.log_every_steps=1000")
+    assert max(epochs) == blocks // 8
+    assert epochs[max(epochs)]["epochs_train"] == pytest.approx(max(epochs) * 8 / blocks)
+
+
+def test_a_longer_length_extends_a_finished_run(train):
+    train("run", "train.steps=3", "schedule.name=constant")
+    extended = train("run", "train.steps=6", "schedule.name=constant")
+    assert _losses(extended) == _losses(train("straight", "train.steps=6", "schedule.name=constant"))
+
+
+def test_a_finished_run_has_nothing_to_do(train, tmp_path):
+    train("run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    train("run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_moved_run_folder_resumes(train, tmp_path):
+    train("here", "train.steps=3", "schedule.name=constant")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert _losses(train("there", "schedule.name=constant")) == _losses(train("straight", "schedule.name=constant"))
+
+
+def test_the_time_budget_stops_with_75_and_resumes(train, tmp_path):
+    rows = train("run", "train.steps=5000", "train.stop_after_minutes=0.01", expect=75)
+    assert (tmp_path / "run" / "checkpoints" / f"step-{max(rows):08d}" / "manifest.json").is_file()
+    assert max(rows) < 5000
+
+
+def test_keep_last_and_what_a_manifest_says(train, tmp_path):
+    train("run", "train.save_every_steps=1", "train.keep_last=3")
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000005", "step-00000006"]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / kept[-1] / "manifest.json").read_text())
+    assert (manifest["step"], manifest["tokens"], manifest["order"]["next_sample"]) == (6, 6 * 8 * 32, 48)
+    assert str(tmp_path) not in json.dumps(manifest["data"])
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, capsys):
+    straight = train("straight")
+    train("run")
+    shard = next((tmp_path / "run" / "checkpoints" / "step-00000006" / "engine").glob("*optim_states.pt"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    assert _losses(train("run")) == _losses(straight)
+    message = capsys.readouterr().err
+    assert "the content of engine/" in message
+    assert "going on from" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.config.hidden_size=64", "model.config was"),
+        ("run.seed=12", "the run began with seed 11"),
+        ("deepspeed.config=zero1.json", "ZeRO stage 3"),
+        ("train.resume=never", "train.resume is never"),
+    ],
+)
+def test_what_cannot_change_at_a_resume_is_refused(override, says, train, capsys):
+    train("run", "train.steps=3")
+    train("run", override, expect=78)
+    assert says in capsys.readouterr().err
+
+
+def test_document_mask_trains_and_is_refused_where_it_cannot_work(train, capsys, tmp_path):
+    masked, plain = train("masked", "data.document_mask=true"), train("plain")
+    assert masked[1]["loss"] != plain[1]["loss"]
+    assert masked[6]["loss"] < masked[1]["loss"]
+    train("v3", "data.document_mask=true", "model.config.FFN_type=softmoe_v3", expect=78)
+    assert "mixes all tokens of a sample" in capsys.readouterr().err
+    assert not (tmp_path / "v3").exists()
+
+
+def test_a_model_that_sees_the_future_says_so(train, capsys, tmp_path):
+    train("v3", "model.config.FFN_type=softmoe_v3", "train.steps=2")
+    assert "NOT a language-model loss" in capsys.readouterr().err
+
+
+def test_a_hugging_face_class_by_name(train):
+    rows = train("llama", "model={type: llama, config: {vocab_size: 128, hidden_size: 32, intermediate_size: 64, "
+                 "num_hidden_layers: 2, num_attention_heads: 4, tie_word_embeddings: true}}")  # fmt: skip
+    assert rows[6]["loss"] < rows[1]["loss"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_with_infinite_gradients_is_left_out(stage, train, monkeypatch, capsys):
+    from megatron_steel.model import build
+
+    original = build.build_model
+
+    def poisoned(*args):
+        model = original(*args)
+        calls = {"n": 0}
+
+        def spoil(grad):
+            calls["n"] += 1
+            return grad * float("inf") if calls["n"] == 2 * 4 else grad  # the last micro-batch of step 2
+
+        model.model.layers[0].self_attn.q_proj.register_full_backward_hook(
+            lambda module, inputs, outputs: tuple(None if g is None else spoil(g) for g in inputs)
+        )
+        return model
+
+    monkeypatch.setattr(build, "build_model", poisoned)
+    rows = train(f"run{stage}", f"deepspeed.config=zero{stage}.json")
+    assert "step 2: gradients are not finite" in capsys.readouterr().err
+    assert rows[6]["skipped_steps"] == 1
+    assert all(math.isfinite(row["loss"]) for row in rows.values())
+
+
+def test_ten_steps_in_a_row_without_numbers_end_the_run():
+    watch = Watch(None)
+    for step in range(1, 10):
+        watch.step_done(step, applied=False)
+    with pytest.raises(TrainingError, match="10 steps in a row are not finite") as caught:
+        watch.step_done(10, applied=False)
+    assert caught.value.exit_code == 70
+
+
+def test_out_of_memory_names_what_would_fit(train, monkeypatch, capsys):
+    from megatron_steel import pretrain
+
+    monkeypatch.setattr(pretrain, "_out_of_memory", lambda *_: lambda: "train.micro_batch_size=1 would fit")
+    monkeypatch.setattr(torch.nn.functional, "silu", _no_memory)
+    train("run", expect=70)
+    message = capsys.readouterr().err
+    assert "out of memory in step 1" in message
+    assert "train.micro_batch_size=1 would fit" in message
+
+
+def _no_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
