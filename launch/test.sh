@@ -13,4 +13,4 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck launch/*.sh .ci/run
-pytest -m "not slow" "$@"
+pytest -m "not slow" -n 2 --dist loadfile "$@"

@@ -96,21 +96,39 @@ def tiny_recipe(tmp_path_factory, tiny_tokenizer, tiny_data) -> Path:
 def launch():
     """launch(ranks, recipe, *overrides): the real launcher (one rank: the verb), finished. Returns the process."""
 
-    def run(ranks: int, recipe, *overrides, expect: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
-        command = launch_command(ranks, recipe, *overrides)
-        done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=timeout)
-        assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
-        return done
+    def run(ranks: int, recipe, *overrides, expect: int = 0) -> subprocess.CompletedProcess:
+        return finished(launch_command(ranks, recipe, *overrides), expect)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def launch_many():
+    """launch_many(ranks, recipe, [override, ...], [override, ...], ...): runs in turn under one launcher."""
+
+    def run(ranks: int, recipe, *runs) -> subprocess.CompletedProcess:
+        words = [word for number, overrides in enumerate(runs) for word in (["+"] if number else []) + overrides]
+        script = str(Path(__file__).with_name("run_many.py"))
+        return finished([*launcher(ranks), script, str(recipe), *words])
+
+    return run
+
+
+def finished(command: list[str], expect: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=400)
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+def launcher(ranks: int) -> list[str]:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    return [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port())]
 
 
 def launch_command(ranks: int, recipe, *overrides) -> list[str]:
     if ranks == 1:
         return [sys.executable, "-m", "megatron_steel.cli", "pretrain", str(recipe), *overrides]
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    ports = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
-    return [deepspeed, *ports, "--module", "megatron_steel.pretrain", str(recipe), *overrides]
+    return [*launcher(ranks), "--module", "megatron_steel.pretrain", str(recipe), *overrides]
 
 
 def one_thread() -> dict[str, str]:

@@ -20,12 +20,12 @@ import json, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, blocks = sys.argv[1], torch.tensor(json.load(open(sys.argv[2])))
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # else it asks on the terminal
 with torch.no_grad():
     logits = model(input_ids=blocks[:, :-1]).logits
 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
 text = tokenizer.decode(model.generate(blocks[:1, :8], max_new_tokens=8, do_sample=False)[0])
-print(json.dumps({"loss": float(loss), "eos": tokenizer.eos_token_id, "type": model.config.model_type, "text": text,
+print("RESULT", json.dumps({"loss": float(loss), "eos": tokenizer.eos_token_id, "type": model.config.model_type, "text": text,
                   "class": type(model).__name__}))
 """
 
@@ -46,7 +46,7 @@ def _fresh_loss(export: Path, recipe, overrides, tmp_path) -> dict:
     command = [sys.executable, "-c", FRESH, str(export), str(tmp_path / "blocks.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.split("RESULT", 1)[1])
 
 
 def _run(*words) -> None:

@@ -41,9 +41,9 @@ def stream_weights(checkpoint: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
 
 
 def _zero_weights(checkpoint: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints its progress
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
         lazy = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE, lazy_mode=True)
     seen: set[int] = set()
     for name, pieces in lazy.items():

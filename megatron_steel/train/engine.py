@@ -9,6 +9,7 @@ The file owns sharding, offload and communication; the recipe owns everything el
 
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,8 @@ def start_engine(
 
 def quiet_deepspeed(device: "torch.device") -> Any:
     """Import DeepSpeed so that it neither compiles anything on a CPU nor talks about its internals."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns when it finds this out by itself
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

@@ -62,13 +62,14 @@ def test_auto_takes_the_smallest_stage_that_fits_a_billion_parameters(gib, ranks
 
 
 @pytest.fixture(scope="module")
-def curves(tiny_recipe, launch, metrics, tmp_path_factory):
+def curves(tiny_recipe, launch_many, metrics, tmp_path_factory):
     """Losses of three bf16 steps on two ranks, by file."""
     folder = tmp_path_factory.mktemp("stages")
+    names = engine.shipped_configs()
+    launch_many(2, tiny_recipe, *([f"run.dir={folder}/{name}", f"deepspeed.config={name}", "train.precision=bf16",
+                                   "train.steps=3"] for name in names))  # fmt: skip
     found = {}
-    for name in engine.shipped_configs():
-        launch(2, tiny_recipe, f"run.dir={folder}/{name}", f"deepspeed.config={name}", "train.precision=bf16",
-               "train.steps=3")  # fmt: skip
+    for name in names:
         rows = metrics(folder / name)
         found[name] = [rows[step]["loss"] for step in (1, 2, 3)] + [rows[3]["validation_loss"]]
     return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -18,10 +19,9 @@ def _curve(rows):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stop_and_resume_in_a_fresh_process_is_bitwise(ranks, tiny_recipe, launch, metrics, tmp_path):
     launch(ranks, tiny_recipe, f"run.dir={tmp_path}/straight")
-    # Take the last checkpoint away: the second run has only the one of step 3, and lines that go on to step 6.
-    launch(ranks, tiny_recipe, f"run.dir={tmp_path}/cut")
-    last = tmp_path / "cut" / "checkpoints" / "step-00000006"
-    os.rename(last, tmp_path / "step-00000006")
+    # Without its last checkpoint a copy of the run has only the one of step 3, and lines that go on to step 6.
+    shutil.copytree(tmp_path / "straight", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000006")
     done = launch(ranks, tiny_recipe, f"run.dir={tmp_path}/cut")
     assert "going on from" in done.stdout + done.stderr
     straight, cut = metrics(tmp_path / "straight"), metrics(tmp_path / "cut")

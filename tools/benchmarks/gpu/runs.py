@@ -55,13 +55,13 @@ class Ours:
         engine = engines.start_engine(model, groups, recipe.optim, config, device)
         self.engine = engine
         self._job = loop.Job(
-            engine=engine, recipe=recipe, monitor=None, watch=Watch(None), batches=iter(()), validation=None,
+            engine=engine, recipe=recipe, monitor=None, watch=Watch(None), next_batches=list, validation=None,
             save=lambda step, tokens: None, position=dict, out_of_memory=lambda: "", steps=1 << 30,
         )  # fmt: skip # train_step logs nothing, so there is no monitor
 
     def step(self, batches: list[Batch]) -> Step:
         self._job.step += 1
-        self._job.batches = iter([batches])
+        self._job.next_batches = lambda: batches
         done = loop.train_step(self._job)
         return Step(done.loss, done.grad_norm)
 

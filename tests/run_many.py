@@ -1,0 +1,15 @@
+"""Several runs one after another in the same ranks, to start the launcher once: run_many.py RECIPE a=1 b=2 + a=3 + ..."""
+
+import sys
+
+from megatron_steel import dist
+from megatron_steel.pretrain import run
+
+recipe, *words = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
+dist.set_up_logging()
+while words:
+    cut = words.index("+") if "+" in words else len(words)
+    code = dist.exit_code(lambda overrides=words[:cut]: run(recipe, overrides))
+    words = words[cut + 1 :]
+    if code:
+        sys.exit(code)
