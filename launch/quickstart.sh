@@ -8,7 +8,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 run=runs/quickstart data=runs/quickstart-data
 step() { printf '\n=== %s (%d s so far)\n' "$1" "$SECONDS"; }
 train() { deepspeed --num_gpus "$ranks" --module megatron_steel.pretrain tiny run.dir="$run" 2>&1 | grep -v '^\[' ; }
-SECONDS=0
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 ranks=$((gpus == 1 ? 1 : 2))
 

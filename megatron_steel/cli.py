@@ -79,7 +79,7 @@ def inspect(target: str) -> None:
 
 
 def merge(prefixes: list[str], output: str) -> None:
-    from megatron_steel.data.indexed import merge
+    from megatron_steel.data.merge import merge
 
     manifest = merge(prefixes, output)
     print(f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")

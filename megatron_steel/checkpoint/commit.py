@@ -145,7 +145,7 @@ def _hashes(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     entries = {}
     for name in names:
         file = folder / name
-        _sync(file)
+        sync(file)
         entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
     return entries
 
@@ -154,14 +154,15 @@ def _publish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
     file = aside / MANIFEST
     file.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
     for path in [file, *(p for p in aside.rglob("*") if p.is_dir()), aside]:
-        _sync(path)
+        sync(path)
     if final.exists():  # a damaged one of the same step, passed over at start
         os.replace(final, final.with_name(f".{final.name}.replaced"))
     os.replace(aside, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's or a folder's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

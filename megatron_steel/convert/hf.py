@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_steel import dist
-from megatron_steel.checkpoint.commit import MANIFEST, Checkpoint, newest_whole
+from megatron_steel.checkpoint.commit import MANIFEST, Checkpoint, newest_whole, sync
 from megatron_steel.checkpoint.commit import verify as verify_checkpoint
 from megatron_steel.checkpoint.zero import stream_weights
 from megatron_steel.errors import SteelError
@@ -122,9 +122,9 @@ def _published(target: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         for path in [*aside.rglob("*"), aside]:
-            _sync(path)
+            sync(path)
         os.replace(aside, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in new_parents:
@@ -134,11 +134,3 @@ def _published(target: Path) -> Iterator[Path]:
             what = f"the export could not be written: {getattr(error, 'strerror', None) or error}"
             raise SteelError(what, target, "free space or mend the folder, then export again") from error
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

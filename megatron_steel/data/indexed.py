@@ -17,18 +17,15 @@ import bisect
 import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_steel.errors import SteelError
-
-if TYPE_CHECKING:
-    from megatron_steel.data.manifest import Manifest
 
 PathLike = str | os.PathLike[str]
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -428,13 +425,6 @@ def negative_id(data: IndexedDataset, position: int) -> SteelError:
 
 def content_digest(bin_sha256: bytes, idx_sha256: bytes) -> str:
     return hashlib.sha256(bin_sha256 + idx_sha256).hexdigest()
-
-
-def merge(prefixes: Sequence[PathLike], output: PathLike) -> "Manifest":
-    """Merge data sets into one at `output`, manifest included: see `data.merge`."""
-    from megatron_steel.data import merge as room  # it stands on this module
-
-    return room.merge(prefixes, output)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_steel.data.indexed import IndexedDataset, IndexedWriter, best_dtype, merge
+from megatron_steel.data.indexed import IndexedDataset, IndexedWriter, best_dtype
 from megatron_steel.data.manifest import load, trust, verify
-from megatron_steel.data.merge import concatenate
+from megatron_steel.data.merge import concatenate, merge
 from megatron_steel.errors import SteelError
 
 LENGTHS_AT = 34

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from megatron_steel.data import manifest
-from megatron_steel.data.indexed import IndexedWriter, merge
+from megatron_steel.data.indexed import IndexedWriter
+from megatron_steel.data.merge import merge
 from megatron_steel.data.scan import scan
 from megatron_steel.errors import SteelError
 
