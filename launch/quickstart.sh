@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh
 export PATH="$PWD/.venv/bin:$PATH"
-run=runs/quickstart data=runs/quickstart-data
+run=runs/quickstart data=runs/quickstart-data SECONDS=0
 step() { printf '\n=== %s (%d s so far)\n' "$1" "$SECONDS"; }
 train() { deepspeed --num_gpus "$ranks" --module megatron_steel.pretrain tiny run.dir="$run" 2>&1 | grep -v '^\[' ; }
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
