@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_steel.data.loader import Batch
     from megatron_steel.data.order import OrderState
     from megatron_steel.data.segments import Member
+    from megatron_steel.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class RunPlan:
     """What follows from a recipe, its data and its model before anything is built."""
 
     config: "PretrainedConfig"
+    tokenizer: dict[str, Any]
     parameters: int
     flops_per_token: float
     train: "list[Member]"
@@ -50,16 +52,19 @@ def plan_run(recipe: Recipe) -> RunPlan:
     from megatron_steel.model.training import require_document_mask
 
     def check() -> RunPlan:
-        config = build_config(recipe.model, load_tokenizer(recipe.tokenizer.path).vocab_size)
+        tokenizer = load_tokenizer(recipe.tokenizer.path)
+        config = build_config(recipe.model, tokenizer.vocab_size)
         if recipe.data.document_mask:
             with torch.device("meta"):
                 require_document_mask(construct(config, torch.float32))
-        train = _members(recipe.data.train, config.vocab_size)
-        validation = _members(recipe.data.validation, config.vocab_size) if recipe.data.validation else []
+        train = _members(recipe.data.train, config.vocab_size, tokenizer)
+        validation = _members(recipe.data.validation, config.vocab_size, tokenizer) if recipe.data.validation else []
         length = recipe.data.sequence_length
         flops = flops_per_token(config, length)
         steps = _steps(recipe, samples_per_epoch(train, length))
-        return RunPlan(config, parameters(config).total, flops.hw if flops else 0.0, train, validation, steps)
+        return RunPlan(
+            config, tokenizer.facts(), parameters(config).total, flops.hw if flops else 0.0, train, validation, steps
+        )
 
     # The first rank of a node scans data that has no manifest; the others then find one.
     first = dist.together(check, only=dist.is_first_of_node())
@@ -123,13 +128,23 @@ def position(order: "OrderState", members: "list[Member]") -> dict[str, float]:
     return {"samples": order.next_sample, **epochs}
 
 
-def _members(data: str | list[Prefix], vocab_size: int) -> "list[Member]":
+def _members(data: str | list[Prefix], vocab_size: int, tokenizer: "Tokenizer") -> "list[Member]":
     from megatron_steel.data.manifest import trust
     from megatron_steel.data.segments import Member
 
-    prefixes = [Prefix(data)] if isinstance(data, str) else data
-    trusted = [(p, trust(p.prefix, vocab_size)) for p in prefixes]
-    return [Member(p.prefix, manifest.digest, manifest.tokens, p.weight) for p, manifest in trusted]
+    members = []
+    for p in [Prefix(data)] if isinstance(data, str) else data:
+        manifest = trust(p.prefix, vocab_size)
+        made_by = manifest.tokenizer  # None for data of other tools
+        if made_by and made_by["fingerprint"] != tokenizer.fingerprint:
+            raise SteelError(
+                f"the data was tokenized with another tokenizer ({made_by['name']}, {made_by['vocab_size']} ids) than "
+                f"the run's ({tokenizer.name}, {tokenizer.vocab_size} ids)",
+                p.prefix,
+                "set tokenizer.path to the one it was made with, or tokenize again",
+            )
+        members.append(Member(p.prefix, manifest.digest, manifest.tokens, p.weight))
+    return members
 
 
 def _steps(recipe: Recipe, samples_per_epoch: int) -> int:

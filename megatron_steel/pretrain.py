@@ -78,7 +78,7 @@ def _train(recipe: Recipe, device: "torch.device", dry_run: bool) -> None:
     sharding = dist.together(lambda: engines.read_config(_sharding(recipe, plan, device)))
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
     assert config is not None
-    checkpoint = _find_checkpoint(recipe, folder, engines.zero_stage(config))
+    checkpoint = _find_checkpoint(recipe, plan, folder, engines.zero_stage(config))
     order = preflight.plan_order(recipe, plan, checkpoint)
     _announce(recipe, plan, config, checkpoint)
     if dry_run or (checkpoint and checkpoint.step >= plan.steps):
@@ -156,6 +156,7 @@ def _facts(recipe: Recipe, plan: preflight.RunPlan, config: dict[str, Any]) -> d
         "world_size": dist.world_size(),
         "zero_stage": zero_stage(config),
         "parameters": plan.parameters,
+        "tokenizer": plan.tokenizer,
         "data": [{"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name} for m in plan.train],
     }
 
@@ -185,7 +186,7 @@ def _device_bytes(device: "torch.device") -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // dist.ranks_on_node()
 
 
-def _find_checkpoint(recipe: Recipe, folder: Path, stage: int) -> "Checkpoint | None":
+def _find_checkpoint(recipe: Recipe, plan: preflight.RunPlan, folder: Path, stage: int) -> "Checkpoint | None":
     from megatron_steel.train import state
 
     checkpoint = state.find(folder / "checkpoints")
@@ -193,7 +194,7 @@ def _find_checkpoint(recipe: Recipe, folder: Path, stage: int) -> "Checkpoint | 
         raise dist.shared(SteelError("the run folder holds a checkpoint and train.resume is never", folder,
                                      "choose another run.dir, or train.resume=auto to go on"))  # fmt: skip
     if checkpoint:
-        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, stage))
+        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, plan.tokenizer, stage))
     return checkpoint
 
 

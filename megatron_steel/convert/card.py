@@ -41,12 +41,14 @@ def write_card(
         ("training", f"{manifest['step']:,} steps, {manifest.get('tokens', 0):,} tokens"),
         ("data", _data(manifest)),
         ("validation loss", f"{loss[1]:.4f} nats per token at step {loss[0]:,}" if loss else "not measured"),
-        ("logits against the checkpoint", "not verified" if difference is None else f"differ by at most {difference:.3g}"),
+        ("logits against the checkpoint", "not verified" if difference is None else f"differ by at most {difference:.3g} from those of the trained weights rounded to {dtype}"),
     ]  # fmt: skip
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    start = manifest["recipe"]["model"].get("init_from")
     version = manifest.get("versions", {}).get("megatron_steel", "")
     text = _CARD.format(
         name=name,
+        origin=f"Trained further from `{Path(start).name}`" if start else "Pretrained from scratch",
         version=version,
         table=table,
         warning=_WARNING if sees_future else "",
@@ -102,7 +104,7 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-Pretrained from scratch with megatron_steel {version}.
+{origin} with megatron_steel {version}.
 
 | | |
 |---|---|

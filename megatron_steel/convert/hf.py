@@ -53,6 +53,10 @@ def export(
     checkpoint = find_checkpoint(Path(source))
     recipe = recipe_of(checkpoint)
     tokenizer = load_tokenizer(recipe.tokenizer.path)
+    trained_with = checkpoint.manifest.get("tokenizer", tokenizer.facts())
+    if trained_with["fingerprint"] != tokenizer.fingerprint:
+        what = f"the tokenizer has changed since the run was trained with it ({trained_with['name']})"
+        raise SteelError(what, recipe.tokenizer.path, "put the original tokenizer back there")
     config = build_config(recipe.model, tokenizer.vocab_size)
     blueprint = shards.blueprint_of(config)
     with _published(target) as folder:

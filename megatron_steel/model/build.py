@@ -193,4 +193,9 @@ def _load_weights(config: PretrainedConfig, folder: str, trust_code: bool) -> Pr
     if problems:
         what = "the weights do not fit the model: " + "; ".join(problems)
         raise SteelError(what, folder, "give the recipe the sizes of that folder's config.json, or use model.path")
+    head = model.get_output_embeddings()
+    if config.get_text_config().tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        # transformers then leaves them apart, and the run would train a model that its recipe does not describe.
+        what = "the model ties input and output embeddings, the folder holds two different matrices"
+        raise SteelError(what, folder, "set model.config.tie_word_embeddings=false")
     return model

@@ -19,8 +19,6 @@ from megatron_steel.recipe import Recipe
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-_MUST_NOT_CHANGE = ("model", "tokenizer")
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -80,15 +78,23 @@ def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progres
     return Progress(checkpoint.step, manifest["tokens"], manifest["order"])
 
 
-def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, stage: int) -> None:
-    """Raise SteelError naming the first thing that cannot change between a checkpoint and its continuation."""
-    manifest, now = checkpoint.manifest, recipe.to_dict()
-    for section in _MUST_NOT_CHANGE:
-        before = manifest["recipe"][section]
-        for key in sorted({*before, *now[section]} - {"init_from"}):
-            if before.get(key) != now[section].get(key):
-                raise SteelError(f"{section}.{key} was {before.get(key)!r} and is now {now[section].get(key)!r}",
-                                 checkpoint.path, "restore it, or start another run with run.dir=...")  # fmt: skip
+def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, tokenizer: dict[str, Any], stage: int) -> None:
+    """Raise SteelError naming the first thing that cannot change between a checkpoint and its continuation.
+
+    Args:
+        tokenizer: the run's tokenizer now: name, vocab_size, eos_id, fingerprint. Its path may change, its ids not.
+        stage: the run's ZeRO stage now.
+    """
+    manifest, now = checkpoint.manifest, recipe.to_dict()["model"]
+    remedy = "restore it, or start another run with run.dir=..."
+    before = manifest["recipe"]["model"]
+    for key in sorted({*before, *now} - {"init_from"}):
+        if before.get(key) != now.get(key):
+            what = f"model.{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+            raise SteelError(what, checkpoint.path, remedy)
+    if manifest["tokenizer"]["fingerprint"] != tokenizer["fingerprint"]:
+        what = f"the run began with another tokenizer ({manifest['tokenizer']['name']}) than {tokenizer['name']}"
+        raise SteelError(what, checkpoint.path, remedy)
     world, zero = manifest["world_size"], manifest["zero_stage"]
     if (world, zero, manifest["recipe"]["train"]["precision"]) != (dist.world_size(), stage, recipe.train.precision):
         raise SteelError(

@@ -161,3 +161,13 @@ def test_decay_groups_remember_the_shape_of_cut_parameters():
     layer.bias.requires_grad_(False)
     (group,) = decay_groups(layer, 0.1)
     assert group == {"params": [layer.weight], "weight_decay": 0.1}
+
+
+def test_two_matrices_cannot_start_a_tied_model(tmp_path):
+    """transformers would leave them apart without a word, and the run could neither resume nor be exported."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    untied = build_config(Model(type="llama", config={**sizes, "tie_word_embeddings": False}))
+    build_model(untied, 1).save_pretrained(tmp_path)
+    tied = build_config(Model(type="llama", config={**sizes, "tie_word_embeddings": True}))
+    with pytest.raises(SteelError, match="two different matrices"):
+        build_model(tied, 1, init_from=str(tmp_path))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -118,6 +119,27 @@ def test_document_mask_trains_and_is_refused_where_it_cannot_work(train, capsys,
     train("v3", "data.document_mask=true", "model.config.FFN_type=softmoe_v3", expect=78)
     assert "mixes all tokens of a sample" in capsys.readouterr().err
     assert not (tmp_path / "v3").exists()
+
+
+def test_data_or_checkpoint_of_another_tokenizer_is_refused(train, tiny_tokenizer, tiny_data, tmp_path, capsys):
+    """Ids mean nothing without their tokenizer; the folder's path does not count, its content does."""
+    from megatron_steel.data import manifest
+    from megatron_steel.data.scan import scan
+    from megatron_steel.data.tokenizer import load_tokenizer
+
+    other = shutil.copytree(tiny_tokenizer, tmp_path / "other")
+    swapped = (other / "tokenizer.json").read_text().replace('"w3"', '"#"').replace('"w4"', '"w3"').replace('"#"', '"w4"')
+    (other / "tokenizer.json").write_text(swapped)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{tiny_data}/train{suffix}", tmp_path / f"mine{suffix}")
+    manifest.write(tmp_path / "mine", scan(tmp_path / "mine"), load_tokenizer(tiny_tokenizer).facts())
+    train("data", f"data.train={tmp_path}/mine", f"tokenizer.path={other}", expect=78)
+    assert "tokenized with another tokenizer" in capsys.readouterr().err
+    train("run", f"data.train={tmp_path}/mine", "train.steps=2")
+    train("run", f"tokenizer.path={other}", "train.steps=3", expect=78)
+    assert "began with another tokenizer" in capsys.readouterr().err
+    moved = shutil.copytree(tiny_tokenizer, tmp_path / "moved")
+    train("run", f"data.train={tmp_path}/mine", f"tokenizer.path={moved}", "train.steps=3")
 
 
 def test_a_model_that_sees_the_future_says_so(train, capsys, tmp_path):
