@@ -23,10 +23,12 @@ if ! [ -e $data/done ]; then
 fi
 
 step "3. pretrain recipe tiny on $ranks ranks with ZeRO-3; stopped in mid-run by SIGTERM to one rank"
-train & job=$!
-until grep -qs '"step": 150,' $run/metrics.jsonl || ! kill -0 $job 2>/dev/null; do sleep 0.5; done
-if kill -0 $job 2>/dev/null; then kill -TERM "$(cut -d' ' -f1 $run/run.lock)"; fi
-wait $job || [ $? = 75 ] || exit 70
+if ! grep -qs '"step": 150,' $run/metrics.jsonl; then # else an earlier quickstart has been stopped already
+  train & job=$!
+  until grep -qs '"step": 150,' $run/metrics.jsonl || ! kill -0 $job 2>/dev/null; do sleep 0.5; done
+  if kill -0 $job 2>/dev/null; then kill -TERM "$(cut -d' ' -f1 $run/run.lock)"; fi
+  wait $job || [ $? = 75 ] || exit 70
+fi
 step "4. the same command again: it resumes"
 train
 step "5. export to Hugging Face, and compare its logits with the trained weights"

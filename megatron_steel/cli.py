@@ -129,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     p.add_argument("--validation-ratio", type=float, default=0.0,
                    help="share of documents for PREFIX-validation, chosen by content (default: 0)")  # fmt: skip
+    p.add_argument("--max-malformed-ratio", type=float, default=0.001, metavar="R",
+                   help="fail where more than this share of the rows is malformed (default: 0.001)")  # fmt: skip
 
     p = verb(train_tokenizer, "train a sentencepiece BPE tokenizer and write it as a Hugging Face folder")
     p.add_argument("inputs", nargs="+", metavar="INPUT")

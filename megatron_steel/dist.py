@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("megatron_steel")
 T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=30)
+_PATIENCE = datetime.timedelta(days=2)  # control messages wait while one rank scans terabytes or hashes a checkpoint
 _control: list[Any] = []  # the gloo group, once `start` has made it
 
 
@@ -70,9 +71,8 @@ def start() -> "torch.device":
     for name in ("RANK", "LOCAL_RANK"):
         os.environ.setdefault(name, "0")  # DeepSpeed reads them even where no launcher set them
     os.environ.setdefault("WORLD_SIZE", "1")
-    _control[:] = [
-        torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT) if gpu else torch.distributed.group.WORLD
-    ]
+    if not _control:
+        _control.append(torch.distributed.new_group(backend="gloo", timeout=_PATIENCE))
     return torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
 
 

@@ -34,18 +34,17 @@ class RunPlan:
     flops_per_token: float
     train: "list[Member]"
     validation: "list[Member]"
-    steps: int
 
 
 def plan_run(recipe: Recipe) -> RunPlan:
     """Check data, tokenizer and model against each other; a collective call.
 
     Raises SteelError on all ranks: unreadable data, an id outside the vocabulary, sequences longer than the data, an
-    impossible model, a run of no steps.
+    impossible model.
     """
     import torch
 
-    from megatron_steel.data.segments import samples_per_epoch
+    from megatron_steel.data.segments import plan as plan_segments
     from megatron_steel.data.tokenizer import load_tokenizer
     from megatron_steel.model.build import build_config, construct
     from megatron_steel.model.flops import flops_per_token, parameters
@@ -61,9 +60,16 @@ def plan_run(recipe: Recipe) -> RunPlan:
         validation = _members(recipe.data.validation, config.vocab_size, tokenizer) if recipe.data.validation else []
         length = recipe.data.sequence_length
         flops = flops_per_token(config, length)
-        steps = _steps(recipe, samples_per_epoch(train, length))
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and positions < length:
+            what = f"sequences of {length} tokens do not fit a model of {positions} positions"
+            raise SteelError(what, "data.sequence_length", "set model.config.max_position_embeddings, or a shorter one")
+        for members in filter(None, (train, validation)):  # raises where the order of data cannot be planned
+            plan_segments(None, members, length, 1, 1, recipe.run.seed)
+        if {m.digest for m in train} & {m.digest for m in validation}:
+            dist.log.warning("data.validation is also trained on: its loss says nothing about unseen text")
         return RunPlan(
-            config, tokenizer.facts(), parameters(config).total, flops.hw if flops else 0.0, train, validation, steps
+            config, tokenizer.facts(), parameters(config).total, flops.hw if flops else 0.0, train, validation
         )
 
     # The first rank of a node scans data that has no manifest; the others then find one.
@@ -74,7 +80,30 @@ def plan_run(recipe: Recipe) -> RunPlan:
     return plan
 
 
-def plan_order(recipe: Recipe, plan: RunPlan, checkpoint: "Checkpoint | None") -> "OrderState":
+def total_steps(recipe: Recipe, plan: RunPlan, checkpoint: "Checkpoint | None") -> int:
+    """Optimizer steps of the whole run. What a checkpoint has done counts as it was, also where the batch has changed.
+
+    `train.tokens` is rounded up to whole steps; a last batch that `train.epochs` would not fill is left out.
+    """
+    from megatron_steel.data.order_json import from_json
+    from megatron_steel.data.segments import samples_per_epoch
+
+    train, batch, done = recipe.train, recipe.train.global_batch_size, checkpoint.step if checkpoint else 0
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        missing = train.tokens - (checkpoint.manifest["tokens"] if checkpoint else 0)
+        return done + max(0, math.ceil(missing / (batch * recipe.data.sequence_length)))
+    samples = int((train.epochs or 0) * samples_per_epoch(plan.train, recipe.data.sequence_length))
+    trained = from_json(checkpoint.manifest["order"], checkpoint.path).trained_samples if checkpoint else 0
+    steps = done + max(0, samples - trained) // batch
+    if steps == 0:
+        what = f"{train.epochs} epochs are {samples} samples, less than one batch of {batch}"
+        raise SteelError(what, "train.epochs, train.global_batch_size", "train longer, or make the batch smaller")
+    return steps
+
+
+def plan_order(recipe: Recipe, plan: RunPlan, steps: int, checkpoint: "Checkpoint | None") -> "OrderState":
     from megatron_steel.data.order_json import from_json
     from megatron_steel.data.segments import plan as plan_segments
 
@@ -82,11 +111,7 @@ def plan_order(recipe: Recipe, plan: RunPlan, checkpoint: "Checkpoint | None") -
         before = from_json(checkpoint.manifest["order"], checkpoint.path) if checkpoint else None
         batch = recipe.train.global_batch_size
         # A checkpoint fixes how many samples its steps took, also where the batch was another then.
-        wanted = (
-            (plan.steps - checkpoint.step) * batch + before.trained_samples
-            if checkpoint and before
-            else plan.steps * batch
-        )
+        wanted = (steps - checkpoint.step) * batch + before.trained_samples if checkpoint and before else steps * batch
         return plan_segments(before, plan.train, recipe.data.sequence_length, batch, max(1, wanted), recipe.run.seed)
 
     order = dist.together(make)
@@ -123,8 +148,10 @@ def position(order: "OrderState", members: "list[Member]") -> dict[str, float]:
 
     drawn = order.drawn_before(order.next_sample)
     length = order.segments[-1].sequence_length
-    epochs = {f"epochs_{Path(m.prefix).name}": drawn[m.digest][0] + drawn[m.digest][1] / blocks(m.tokens, length)
-              for m in members}  # fmt: skip
+    names = [Path(m.prefix).name for m in members]
+    tags = names if len(set(names)) == len(names) else [m.prefix.replace("/", "_") for m in members]
+    epochs = {f"epochs_{tag}": drawn[m.digest][0] + drawn[m.digest][1] / blocks(m.tokens, length)
+              for tag, m in zip(tags, members, strict=True)}  # fmt: skip
     return {"samples": order.next_sample, **epochs}
 
 
@@ -145,20 +172,3 @@ def _members(data: str | list[Prefix], vocab_size: int, tokenizer: "Tokenizer") 
             )
         members.append(Member(p.prefix, manifest.digest, manifest.tokens, p.weight))
     return members
-
-
-def _steps(recipe: Recipe, samples_per_epoch: int) -> int:
-    """Optimizer steps of the whole run; a last batch that an epoch would not fill is left out."""
-    train, batch = recipe.train, recipe.train.global_batch_size
-    if train.steps is not None:
-        return train.steps
-    if train.tokens is not None:
-        return math.ceil(train.tokens / (batch * recipe.data.sequence_length))
-    steps = int((train.epochs or 0) * samples_per_epoch) // batch
-    if steps == 0:
-        raise SteelError(
-            f"{train.epochs} epochs are {int((train.epochs or 0) * samples_per_epoch)} samples, less than one batch of {batch}",
-            "train.epochs, train.global_batch_size",
-            "train longer, or make the batch smaller",
-        )
-    return steps

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from megatron_steel.checkpoint.commit import Checkpoint
+    from megatron_steel.train.watch import Watch
 
 
 def main(argv: list[str]) -> int:
@@ -44,14 +45,17 @@ def run(name: str, overrides: list[str], dry_run: bool = False) -> None:
         SteelError: bad recipe or data, on all ranks alike.
         Stopped: a stop was asked for; everything is saved.
     """
+    from megatron_steel.train.watch import Watch
+
     recipe = load_recipe(name, overrides)
+    watch = Watch(recipe.train.stop_after_minutes)  # before anything slow, so that no signal is lost
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     device = dist.start()
     together = True
     try:
         with _deterministic(recipe.train.deterministic):
-            _train(recipe, device, dry_run)
+            _train(recipe, watch, device, dry_run)
     except SteelError as error:
         together = error.shared
         raise
@@ -65,27 +69,28 @@ def run(name: str, overrides: list[str], dry_run: bool = False) -> None:
             dist.barrier()  # the launcher kills the others as soon as one rank has left with an error
 
 
-def _train(recipe: Recipe, device: "torch.device", dry_run: bool) -> None:
+def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool) -> None:
+    from megatron_steel.checkpoint.commit import published
     from megatron_steel.data.loader import Loader
     from megatron_steel.train import engine as engines
-    from megatron_steel.train import lock, loop, state
+    from megatron_steel.train import loop, state
     from megatron_steel.train.monitor import Monitor
-    from megatron_steel.train.watch import Watch
 
-    watch = Watch(recipe.train.stop_after_minutes)  # first, so that a signal is never lost
-    folder = Path(recipe.run.dir)
+    folder = Path(recipe.run.dir).expanduser()
     plan = preflight.plan_run(recipe)
     sharding = dist.together(lambda: engines.read_config(_sharding(recipe, plan, device)))
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
     assert config is not None
+    seen = published(folder / "checkpoints")
     checkpoint = _find_checkpoint(recipe, plan, folder, engines.zero_stage(config))
-    order = preflight.plan_order(recipe, plan, checkpoint)
-    _announce(recipe, plan, config, checkpoint)
-    if dry_run or (checkpoint and checkpoint.step >= plan.steps):
+    steps = dist.together(lambda: preflight.total_steps(recipe, plan, checkpoint)) or 0
+    order = preflight.plan_order(recipe, plan, steps, checkpoint)
+    _announce(recipe, plan, steps, config, checkpoint)
+    if dry_run or (checkpoint and checkpoint.step >= steps):
         dist.log.info("dry run: everything checks" if dry_run else "the run is complete: nothing to do")
         return
 
-    held = dist.together(lambda: _open_folder(folder, recipe, config, lock.take), only=dist.is_main())
+    held = dist.together(lambda: _open_folder(folder, recipe, config, seen), only=dist.is_main())
     engine, group_names = _start_engine(recipe, plan, config, checkpoint, device)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
     facts = _facts(recipe, plan, config)
@@ -110,7 +115,7 @@ def _train(recipe: Recipe, device: "torch.device", dry_run: bool) -> None:
             save=save,
             position=lambda: preflight.position(loader.state, plan.train),
             out_of_memory=_out_of_memory(recipe, plan, device),
-            steps=plan.steps,
+            steps=steps,
             step=progress.step,
             tokens=progress.tokens,
             flops_per_token=plan.flops_per_token,
@@ -156,9 +161,16 @@ def _facts(recipe: Recipe, plan: preflight.RunPlan, config: dict[str, Any]) -> d
         "world_size": dist.world_size(),
         "zero_stage": zero_stage(config),
         "parameters": plan.parameters,
-        "tokenizer": plan.tokenizer,
+        **_identity(plan),
         "data": [{"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name} for m in plan.train],
     }
+
+
+def _identity(plan: preflight.RunPlan) -> dict[str, Any]:
+    """What must stay the same as long as a run lives, wherever its files lie: the model's fields and the tokenizer."""
+    loose = ("_name_or_path", "transformers_version", "auto_map", "dtype", "torch_dtype")
+    fields = {key: value for key, value in plan.config.to_dict().items() if key not in loose}
+    return {"model_config": json.loads(json.dumps(fields, default=str)), "tokenizer": plan.tokenizer}
 
 
 def _sharding(recipe: Recipe, plan: preflight.RunPlan, device: "torch.device") -> str:
@@ -194,7 +206,7 @@ def _find_checkpoint(recipe: Recipe, plan: preflight.RunPlan, folder: Path, stag
         raise dist.shared(SteelError("the run folder holds a checkpoint and train.resume is never", folder,
                                      "choose another run.dir, or train.resume=auto to go on"))  # fmt: skip
     if checkpoint:
-        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, plan.tokenizer, stage))
+        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, _identity(plan), stage))
     return checkpoint
 
 
@@ -210,17 +222,20 @@ def _out_of_memory(recipe: Recipe, plan: preflight.RunPlan, device: "torch.devic
     free = int(0.9 * torch.cuda.get_device_properties(device).total_memory) - torch.cuda.memory_allocated(device)
 
     def remedy() -> str:
-        for checkpointing in (recipe.train.activation_checkpointing, True):
+        tried, batch = recipe.train.micro_batch_size, recipe.train.global_batch_size // dist.world_size()
+        cuts = [m for m in range(1, tried) if batch % m == 0]  # smaller than what has just failed, and it divides
+        for checkpointing in sorted({recipe.train.activation_checkpointing, True}):
             fits = largest_micro_batch(
                 plan.config, recipe.data.sequence_length, free, recipe.train.precision, checkpointing
             )
-            if fits >= 1:
+            small_enough = [m for m in cuts if m <= fits]
+            if small_enough:
                 also = (
-                    " with train.activation_checkpointing=true"
-                    if checkpointing and not recipe.train.activation_checkpointing
-                    else ""
+                    ""
+                    if checkpointing == recipe.train.activation_checkpointing
+                    else " with train.activation_checkpointing=true"
                 )
-                return f"train.micro_batch_size={fits} would fit{also} (an estimate)"
+                return f"train.micro_batch_size={small_enough[-1]} would fit{also} (an estimate)"
         return "not even one sample fits: use a higher ZeRO stage, more ranks or a shorter data.sequence_length"
 
     return remedy
@@ -240,13 +255,16 @@ def _sees_future(config: "PretrainedConfig") -> bool:
     return bool(getattr(config, "sees_future", False))
 
 
-def _announce(recipe: Recipe, plan: preflight.RunPlan, config: dict[str, Any], checkpoint: "Checkpoint | None") -> None:
+def _announce(
+    recipe: Recipe, plan: preflight.RunPlan, steps: int, config: dict[str, Any], checkpoint: "Checkpoint | None"
+) -> None:
     from megatron_steel.train.engine import zero_stage
 
-    tokens = plan.steps * recipe.train.global_batch_size * recipe.data.sequence_length
+    before = (checkpoint.step, checkpoint.manifest["tokens"]) if checkpoint else (0, 0)
+    tokens = before[1] + (steps - before[0]) * recipe.train.global_batch_size * recipe.data.sequence_length
     dist.log.info(
         "%s: %s parameters, %s steps, %s tokens, %d ranks, ZeRO %d, micro-batch %d x %d",
-        recipe.run.dir, f"{plan.parameters:,}", f"{plan.steps:,}", f"{tokens:,}", dist.world_size(), zero_stage(config),
+        recipe.run.dir, f"{plan.parameters:,}", f"{steps:,}", f"{tokens:,}", dist.world_size(), zero_stage(config),
         recipe.train.micro_batch_size, config["gradient_accumulation_steps"],
     )  # fmt: skip
     if checkpoint:
@@ -259,16 +277,29 @@ def _announce(recipe: Recipe, plan: preflight.RunPlan, config: dict[str, Any], c
         )
 
 
-def _open_folder(folder: Path, recipe: Recipe, config: dict[str, Any], take: Callable[[Path], TextIO]) -> TextIO:
-    """Make the run folder, lock it, and write down what was resolved. Returns the lock."""
+def _open_folder(folder: Path, recipe: Recipe, config: dict[str, Any], seen: list[Path]) -> TextIO:
+    """Make the run folder, lock it, and write down what was resolved. Returns the lock.
+
+    `seen`: the checkpoints that lay there when this job chose the one to go on from.
+    """
+    from megatron_steel.checkpoint.commit import published
+    from megatron_steel.train import lock
     from megatron_steel.train.state import versions
 
-    folder.mkdir(parents=True, exist_ok=True)
-    held = take(folder)
-    (folder / "recipe.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
-    (folder / "ds_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    environment = {"versions": versions(), "world_size": dist.world_size(), "command": sys.argv}
-    (folder / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock.take(folder)
+        if recipe.train.resume == "never" and (folder / "metrics.jsonl").exists():
+            raise SteelError("train.resume is never and the run folder has been used", folder, "choose another run.dir")
+        if published(folder / "checkpoints") != seen:
+            raise SteelError("another job has saved here since this one looked", folder, "start again")
+        (folder / "recipe.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
+        (folder / "ds_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        environment = {"versions": versions(), "world_size": dist.world_size(), "command": sys.argv}
+        (folder / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+    except OSError as error:
+        what = f"the run folder cannot be written: {error.strerror}"
+        raise SteelError(what, folder, "choose another run.dir, or mend this one") from error
     return held
 
 

@@ -10,6 +10,7 @@ Knows nothing of models, data or DeepSpeed: it checks shapes of values and the k
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,13 +268,15 @@ def _impossible_values(recipe: Recipe) -> list[str]:
         "train.keep_last": t.keep_last, "train.stop_after_minutes": t.stop_after_minutes,
     }  # fmt: skip
     problems = [
-        f"{key}: {value} must be above 0" for key, value in positive.items() if value is not None and value <= 0
+        f"{key}: {value} must be above 0 and finite"
+        for key, value in positive.items()
+        if value is not None and not 0 < value < math.inf
     ]
     shares = {"schedule.decay_ratio": s.decay_ratio, "schedule.min_lr_ratio": s.min_lr_ratio}
     problems += [f"{key}: {value} is not between 0 and 1" for key, value in shares.items() if not 0 <= value <= 1]
     not_below = {"optim.weight_decay": o.weight_decay, "optim.clip_grad_norm": o.clip_grad_norm,
                  "schedule.warmup_steps": s.warmup_steps}  # fmt: skip
-    problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if value < 0]
+    problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if not 0 <= value < math.inf]
     if not all(0 <= beta < 1 for beta in o.betas):
         problems.append(f"optim.betas: {list(o.betas)} are not both in [0, 1)")
     for key, prefixes in (("data.train", d.train), ("data.validation", d.validation)):

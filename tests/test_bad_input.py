@@ -81,7 +81,37 @@ def test_empty_data(fails, tmp_path):
 
 
 def test_sequence_longer_than_the_data(fails):
-    fails("sequence longer than the data", "data.sequence_length=60000")
+    fails("sequence longer than the data", "data.sequence_length=60000", "model.config.max_position_embeddings=60000")
+
+
+def test_validation_that_is_too_short(fails, tmp_path):
+    with IndexedWriter(tmp_path / "v", np.uint16) as writer:
+        writer.add_document(np.arange(3, 40, dtype=np.uint16))
+    fails("sequence longer than the data", f"data.validation={tmp_path}/v")
+
+
+def test_a_sequence_longer_than_the_models_positions(fails):
+    fails("do not fit a model of 16 positions", "model.config.max_position_embeddings=16")
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ("[1]", "no object"),
+        ('{"zero_optimisation": {"stage": 3}}', "did you mean zero_optimization?"),
+        ('{"zero_optimization": {"stage": "three"}}', "zero_optimization.stage"),
+        ('{"zero_optimization": {"stage": 3, "reduce_buckets": 1}}', "zero_optimization.reduce_buckets"),
+    ],
+)
+def test_a_deepspeed_file_that_makes_no_sense(fails, tmp_path, tree, says):
+    (tmp_path / "ds.json").write_text(tree)
+    fails(says, f"deepspeed.config={tmp_path}/ds.json")
+
+
+def test_a_run_folder_that_is_a_file(tiny_recipe, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert cli.main(["pretrain", str(tiny_recipe), f"run.dir={tmp_path}/file"]) == 78
+    assert "the run folder cannot be written" in capsys.readouterr().err
 
 
 def test_an_unknown_model_field_names_the_nearest(fails):
@@ -108,5 +138,6 @@ def test_another_job_in_the_same_folder_is_refused(tiny_recipe, capsys, tmp_path
 
 
 def test_all_ranks_leave_together_with_one_message(tiny_recipe, launch, tmp_path):
-    done = launch(2, tiny_recipe, f"run.dir={tmp_path}/run", "data.sequence_length=60000", expect=78)
+    done = launch(2, tiny_recipe, f"run.dir={tmp_path}/run", "data.sequence_length=60000",
+                  "model.config.max_position_embeddings=60000", expect=78)  # fmt: skip
     assert (done.stdout + done.stderr).count("sequence longer than the data") == 1

@@ -53,6 +53,8 @@ def test_unknown_keys_inside_a_list_are_named():
 @pytest.mark.parametrize(
     ("override", "says"),
     [
+        ("optim.lr=.nan", "optim.lr: nan must be above 0"),
+        ("train.epochs=.inf", "train.epochs: inf must be above 0"),
         ("optim.lr=0", "optim.lr: 0.0 must be above 0"),
         ("train.micro_batch_size=-1", "train.micro_batch_size: -1 must be above 0"),
         ("schedule.min_lr_ratio=2", "schedule.min_lr_ratio: 2.0 is not between 0 and 1"),

@@ -60,7 +60,7 @@ def write(folder: Path, step: int, write_files: Callable[[Path], None], facts: d
     names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
     mine = dist.together(lambda: _explain_disk(lambda: _hashes(aside, names[dist.rank() :: dist.world_size()]), aside))
     files = {name: entry for part in dist.gather(mine or {}) for name, entry in part.items()}
-    manifest = {"format_version": 1, "step": step, **facts, "files": dict(sorted(files.items()))}
+    manifest = _sealed({"format_version": 1, "step": step, **facts, "files": dict(sorted(files.items()))})
     dist.together(lambda: _explain_disk(lambda: _publish(aside, final, manifest), aside), only=dist.is_main())
     return final
 
@@ -80,7 +80,11 @@ def published(folder: Path) -> list[Path]:
     """Checkpoint folders under their final names, oldest first (a crash leaves only names that begin with a dot)."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.match(p.name) and p.is_dir()), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in folder.iterdir() if _NAME.match(p.name) and p.is_dir()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read_manifest(path: Path) -> Checkpoint:
@@ -91,10 +95,11 @@ def read_manifest(path: Path) -> Checkpoint:
         if manifest["format_version"] != 1:
             raise SteelError(f"the checkpoint's format is {manifest['format_version']}, this version reads 1", file,
                              "use the version of megatron_steel that wrote it")  # fmt: skip
-        int(manifest["step"]), dict(manifest["files"])
+        if _sealed(manifest) != manifest:
+            raise SteelError("the checkpoint's manifest has been changed", file, "use another checkpoint")
     except FileNotFoundError:
         raise SteelError("the checkpoint has no manifest: it was never whole", path, "use another checkpoint") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SteelError(
             f"the checkpoint's manifest cannot be read: {error!r}", file, "use another checkpoint"
         ) from None
@@ -122,12 +127,13 @@ def verify(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def prune(folder: Path, keep_last: int) -> list[Path]:
-    """Delete all but the newest `keep_last` (at least two) published checkpoints and leftovers of crashes.
+def prune(folder: Path, keep_last: int, newest: int) -> list[Path]:
+    """Delete all but the last `keep_last` (at least two) checkpoints up to step `newest`, and leftovers of crashes.
 
-    Rank 0 only. A folder is renamed out of sight first, so that a kill in mid-delete leaves no half checkpoint.
+    Rank 0 only. `newest` is the step just written: folders of later steps are damaged ones that were passed over and
+    must not count as kept. A folder is renamed out of sight first, so that a kill in mid-delete leaves no half.
     """
-    doomed = published(folder)[: -max(2, keep_last)]
+    doomed = [path for path in published(folder) if _step_of(path) <= newest][: -max(2, keep_last)]
     for path in doomed:
         hidden = path.with_name(f".{path.name}.deleted")
         os.replace(path, hidden)
@@ -136,8 +142,16 @@ def prune(folder: Path, keep_last: int) -> list[Path]:
     return doomed
 
 
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the SHA-256 of all its other entries, which change nobody's mind unnoticed."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, ensure_ascii=True)
+    return json.loads(text) | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def _fresh_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    for leftover in path.parent.glob(".step-*"):  # a killed save's, which may be what fills the disk
+        shutil.rmtree(leftover, ignore_errors=True)
     _explain_disk(lambda: path.mkdir(parents=True), path)
 
 
@@ -181,6 +195,7 @@ def _sha256(file: Path) -> str:
 def _explain_disk(action: Callable[[], Any], where: Path) -> Any:
     try:
         return action()
-    except OSError as error:
-        raise SteelError(f"the checkpoint could not be written: {error.strerror or error}", where,
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise SteelError(f"the checkpoint could not be written: {reason}", where,
                          "free space or mend the folder, then start again: older checkpoints are untouched") from error  # fmt: skip

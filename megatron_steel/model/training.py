@@ -67,6 +67,7 @@ def prepare_for_training(model: PreTrainedModel, activation_checkpointing: bool 
     Raises:
         SteelError: the class knows no activation checkpointing; at the call: the class cannot mask documents.
     """
+    model.train()  # from_pretrained returns a model in eval mode, without dropout and without checkpointing
     if activation_checkpointing:
         _enable_checkpointing(model)
     name = type(model).__name__

@@ -7,6 +7,7 @@
 The file owns sharding, offload and communication; the recipe owns everything else; no key has two owners.
 """
 
+import difflib
 import json
 import logging
 import os
@@ -43,6 +44,9 @@ RECIPE_OWNS = {
     "csv_monitor": "run.dir",
     "checkpoint": "train.resume",
 }
+# What a file may set: sharding, offload, communication and its diagnosis.
+FILE_OWNS = ("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "aio",
+             "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "compile")  # fmt: skip
 _BYTES_PER_PARAMETER = 16  # bf16 weight and gradient, fp32 weight, two moments (ZeRO paper, arXiv 1910.02054, 3.1)
 
 
@@ -66,11 +70,20 @@ def read_config(name_or_path: str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise SteelError(f"the DeepSpeed file is not JSON: {error}", name_or_path, "mend the file") from None
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise SteelError(
+            "the DeepSpeed file is no object with an object zero_optimization", name_or_path, "see zero3.json"
+        )
     for key in config:
+        if key not in (*RECIPE_OWNS, *FILE_OWNS):
+            near = difflib.get_close_matches(key, FILE_OWNS, n=1)
+            raise SteelError(f"the DeepSpeed file sets {key!r}, which is not known to be its to set", name_or_path,
+                             f"did you mean {near[0]}?" if near else f"known: {', '.join(FILE_OWNS)}")  # fmt: skip
         if key in RECIPE_OWNS:
             raise SteelError(f"the DeepSpeed file sets {key!r}, which the recipe decides", name_or_path,
                              f"delete it there and set {RECIPE_OWNS[key]} in the recipe")  # fmt: skip
     _refuse_auto(config, name_or_path)
+    _check_sharding(config.get("zero_optimization", {}), name_or_path)
     return config
 
 
@@ -170,6 +183,19 @@ def _config_folder() -> Path:
     package = Path(__file__).parent.parent
     packed = package / "ds_configs"
     return packed if packed.is_dir() else package.parent / "ds_configs"
+
+
+def _check_sharding(zero: dict[str, Any], where: str) -> None:
+    """Let DeepSpeed's own schema judge the section before anything is built."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise SteelError(f"zero_optimization.{key}: {first['msg']}", where, "see DeepSpeed's documentation") from None
 
 
 def _refuse_auto(value: Any, where: str, key: str = "") -> None:

@@ -119,7 +119,8 @@ def train_step(job: Job) -> StepResult:
     with job.clock.part("data"):
         micro_batches = job.next_batches()
     tokens = int(dist.sum_over_ranks([float(sum(int((b["labels"] != -100).sum()) for b in micro_batches))])[0])
-    torch.manual_seed((recipe.run.seed * 1_000_003 + job.step) * 8191 + dist.rank())  # dropout: same after a resume
+    # Dropout is the same after a resume; the generator takes 63 bits.
+    torch.manual_seed(((recipe.run.seed * 1_000_003 + job.step) * 8191 + dist.rank()) % 2**63)
     lr = learning_rate(job.step, recipe.schedule, recipe.optim.lr, job.steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -173,7 +174,8 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
         torch.cuda.synchronize()  # only here: the parts are host times, their sum is true at the logging step
     parts = job.clock.take(steps)
     aside = parts.get("seconds_validation", 0.0) + parts.get("seconds_save", 0.0)
-    tokens_per_second = done.tokens / (parts["seconds_step"] - aside)
+    seconds_training = parts["seconds_step"] - aside
+    tokens_per_second = done.tokens / seconds_training
     norm = done.grad_norm if done.grad_norm is not None else float(job.engine.get_global_grad_norm())
     row = {
         "tokens": job.tokens,
@@ -189,7 +191,7 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
     if job.peak_flops:
         row["share_of_peak"] = tokens_per_second * job.flops_per_token / (job.peak_flops * dist.world_size())
     job.monitor.scalars(job.step, row)
-    dist.log.info("%s", progress_line(job.step, job.steps, row, (job.steps - job.step) * parts["seconds_step"]))
+    dist.log.info("%s", progress_line(job.step, job.steps, row, (job.steps - job.step) * seconds_training))
 
 
 def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None:

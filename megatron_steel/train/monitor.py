@@ -35,7 +35,7 @@ class Monitor:
 
         cut_back(folder / METRICS, from_step)
         self._lines = (folder / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1 if from_step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def text(self, tag: str, text: str) -> None:
         """A text of the run (the resolved recipe) to TensorBoard."""
@@ -47,20 +47,26 @@ class Monitor:
         if not self._lines:
             return
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}  # JSON has no NaN
-        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
-        self._lines.flush()
-        for tag, value in values.items():
-            self._board.add_scalar(tag + (self._mark if tag.endswith("loss") else ""), value, step)
+        try:
+            self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+            self._lines.flush()
+            for tag, value in values.items():
+                self._board.add_scalar(tag + (self._mark if tag.endswith("loss") else ""), value, step)
+        except OSError as error:  # the next save will say so louder; numbers alone do not end a run
+            dist.log.warning("%s: step %d is not in the metrics: %s", self.folder, step, error)
 
     def close(self) -> None:
-        """Flush everything and draw `loss.png`."""
+        """Flush everything and draw `loss.png`. A full disk is a warning here: it must not hide how the run ended."""
         if not self._lines:
             return
-        os.fsync(self._lines.fileno())
-        self._lines.close()
-        self._board.close()
-        draw_losses(self.folder)
-        self._lines = None
+        lines, self._lines = self._lines, None
+        try:
+            with lines:
+                os.fsync(lines.fileno())
+            self._board.close()
+            draw_losses(self.folder)
+        except OSError as error:
+            dist.log.warning("%s: the last metrics or the picture could not be written: %s", self.folder, error)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

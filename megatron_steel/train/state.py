@@ -53,7 +53,7 @@ def save(
     entry = {"tokens": progress.tokens, "order": progress.order, **facts, "versions": versions()}
     path = commit.write(folder, progress.step, write_files, entry)
     if dist.is_main():
-        commit.prune(folder, keep_last)
+        commit.prune(folder, keep_last, progress.step)
     return path
 
 
@@ -70,30 +70,43 @@ def find(folder: Path) -> commit.Checkpoint | None:
 
 
 def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progress:
-    """Load weights and optimizer from a verified checkpoint."""
+    """Load weights and optimizer from a verified checkpoint.
+
+    DeepSpeed restores the optimizer's settings too; the recipe's are put back, for they may have changed.
+    """
+    settings = [
+        {key: group[key] for key in ("betas", "eps", "weight_decay")} for group in engine.optimizer.param_groups
+    ]
     loaded, client_state = engine.load_checkpoint(str(checkpoint.path), tag=commit.ENGINE)
     if loaded is None or CLIENT_STATE not in client_state:
         raise SteelError("DeepSpeed did not load the checkpoint", checkpoint.path, "use another checkpoint")
+    for group, wanted in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(wanted)
     manifest = checkpoint.manifest
     return Progress(checkpoint.step, manifest["tokens"], manifest["order"])
 
 
-def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, tokenizer: dict[str, Any], stage: int) -> None:
+def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, now: dict[str, Any], stage: int) -> None:
     """Raise SteelError naming the first thing that cannot change between a checkpoint and its continuation.
 
     Args:
-        tokenizer: the run's tokenizer now: name, vocab_size, eos_id, fingerprint. Its path may change, its ids not.
+        now: of the run as it starts now: `model_config` and `tokenizer`, as the manifest holds them. Paths may
+            change, what lies there not.
         stage: the run's ZeRO stage now.
     """
-    manifest, now = checkpoint.manifest, recipe.to_dict()["model"]
+    manifest = checkpoint.manifest
     remedy = "restore it, or start another run with run.dir=..."
-    before = manifest["recipe"]["model"]
-    for key in sorted({*before, *now} - {"init_from"}):
-        if before.get(key) != now.get(key):
-            what = f"model.{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+    before, after = manifest["model_config"], now["model_config"]
+    for key in sorted({*before, *after}):
+        if before.get(key) != after.get(key):
+            what = f"model.config.{key} was {before.get(key)!r} and is now {after.get(key)!r}"
             raise SteelError(what, checkpoint.path, remedy)
-    if manifest["tokenizer"]["fingerprint"] != tokenizer["fingerprint"]:
-        what = f"the run began with another tokenizer ({manifest['tokenizer']['name']}) than {tokenizer['name']}"
+    if manifest["tokenizer"]["fingerprint"] != now["tokenizer"]["fingerprint"]:
+        what = f"the run began with another tokenizer ({manifest['tokenizer']['name']}) than {now['tokenizer']['name']}"
+        raise SteelError(what, checkpoint.path, remedy)
+    decayed = manifest["recipe"]["optim"]["weight_decay_on"]
+    if decayed != recipe.optim.weight_decay_on:
+        what = f"optim.weight_decay_on was {decayed} and is now {recipe.optim.weight_decay_on}"
         raise SteelError(what, checkpoint.path, remedy)
     world, zero = manifest["world_size"], manifest["zero_stage"]
     if (world, zero, manifest["recipe"]["train"]["precision"]) != (dist.world_size(), stage, recipe.train.precision):

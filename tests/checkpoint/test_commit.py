@@ -75,7 +75,7 @@ def test_a_manifest_cannot_reach_outside(tmp_path):
     path = _write(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"] = {"../../etc/passwd": {"size": 1, "sha256": ""}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(commit._sealed(manifest)))
     with pytest.raises(SteelError, match="outside the checkpoint"):
         commit.verify(path)
 
@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     (path / "engine/shard.pt").unlink()
     _write(tmp_path, 3)
     assert commit.newest_whole(tmp_path)[0].step == 3
-    commit.prune(tmp_path, 2)
+    commit.prune(tmp_path, 2, newest=3)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
 def test_prune_keeps_the_newest_and_never_fewer_than_two(keep, left, tmp_path):
     for step in range(1, 6):
         _write(tmp_path, step)
-    commit.prune(tmp_path, keep)
+    commit.prune(tmp_path, keep, newest=5)
     assert [int(p.name[5:]) for p in commit.published(tmp_path)] == left
     assert not list(tmp_path.glob(".*"))
 
@@ -116,3 +116,33 @@ def test_a_moved_checkpoint_is_still_whole(tmp_path):
     path = _write(tmp_path / "here", 4)
     shutil.copytree(path, tmp_path / "there" / path.name)
     assert commit.newest_whole(tmp_path / "there")[0].step == 4
+
+
+def test_prune_never_counts_damaged_checkpoints_of_later_steps(tmp_path):
+    for step in (3, 6, 9):
+        _write(tmp_path, step)
+    for step in (6, 9):
+        _flip(tmp_path / commit.name_of(step) / "engine/shard.pt")
+    assert commit.newest_whole(tmp_path)[0].step == 3
+    for step in (4, 5):
+        _write(tmp_path, step)
+        commit.prune(tmp_path, 2, newest=step)
+        assert commit.newest_whole(tmp_path)[0].step == step
+    assert [int(p.name[5:]) for p in commit.published(tmp_path)] == [4, 5, 6, 9]
+
+
+def test_a_changed_manifest_is_found(tmp_path):
+    path = _write(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "tokens": 11}))
+    with pytest.raises(SteelError, match="manifest has been changed"):
+        commit.verify(path)
+
+
+def test_a_full_disk_in_torch_save_is_named(tmp_path):
+    def fail(aside):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    with pytest.raises(SteelError, match=r"could not be written: \[enforce fail"):
+        commit.write(tmp_path, 1, fail, {})
+    assert commit.newest_whole(tmp_path) == (None, [])

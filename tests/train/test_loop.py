@@ -50,6 +50,58 @@ def test_steps_tokens_and_epochs_name_the_same_run(train, tiny_data):
     assert epochs[max(epochs)]["epochs_train"] == pytest.approx(max(epochs) * 8 / blocks)
 
 
+def test_a_token_budget_counts_what_was_trained_also_when_the_batch_changes(train):
+    train("run", "train.steps=6")  # 6 steps of 8 x 32 tokens
+    rows = train("run", f"train.tokens={12 * 8 * 32}", "train.global_batch_size=16", "train.micro_batch_size=4")
+    assert max(rows) == 6 + 3
+    assert rows[9]["tokens"] == 12 * 8 * 32
+    assert rows[9]["samples"] == 12 * 8
+
+
+def test_validation_is_a_mean_over_tokens_however_it_is_cut(train):
+    """10 samples in passes of 8, 4 and 1: the last pass is filled up with rows that count nothing."""
+    losses = [
+        train(f"cut{m}", "train.steps=3", f"train.micro_batch_size={m}", "train.global_batch_size=8")[3][
+            "validation_loss"
+        ]
+        for m in (8, 4, 1)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, abs=2e-6)
+
+
+GPT2 = ("model={type: gpt2, config: {vocab_size: 128, n_embd: 32, n_layer: 2, n_head: 4, n_positions: 64, resid_pdrop: 0.3, "
+        "embd_pdrop: 0.3, attn_pdrop: 0.0}}")  # fmt: skip
+
+
+def test_dropout_resumes_bitwise_and_is_off_in_validation_only(train, tmp_path):
+    straight = train("straight", GPT2, "train.save_every_steps=2", "train.eval_every_steps=1", "train.keep_last=9")
+    shutil.copytree(tmp_path / "straight", tmp_path / "cut")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step:08d}")
+    assert _losses(train("cut", GPT2, "train.save_every_steps=2", "train.eval_every_steps=1")) == _losses(straight)
+    rare = train("rare", GPT2, "train.eval_every_steps=6")
+    assert _losses(rare) == _losses(straight)  # evaluating in between leaves training in training mode
+
+
+def test_weights_from_a_folder_train_in_training_mode(train, tmp_path):
+    train("first", GPT2)
+    assert cli.main(["export", str(tmp_path / "first"), str(tmp_path / "hf"), "--dtype", "float32"]) == 0
+    wanted = (GPT2, f"model.init_from={tmp_path}/hf", "data.validation=null", "train.steps=2")
+    losses = [train(name, *wanted)[1]["loss"] for name in ("a", "b")]
+    assert losses[0] == losses[1]
+    still = train("c", *(w.replace("0.3", "0.0") for w in wanted))[1]["loss"]
+    assert still != losses[0]  # dropout was on
+
+
+def test_changed_optimizer_settings_hold_after_a_resume(train, tmp_path):
+    train("run", "train.steps=3", "schedule.name=constant")
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    kept = train("same", "schedule.name=constant")
+    changed = train("run", "schedule.name=constant", "optim.weight_decay=5.0", "optim.betas=[0.5, 0.5]")
+    assert changed[4]["loss"] == kept[4]["loss"]  # the change acts from the first step after it
+    assert changed[6]["loss"] != kept[6]["loss"]
+
+
 def test_a_longer_length_extends_a_finished_run(train):
     train("run", "train.steps=3", "schedule.name=constant")
     extended = train("run", "train.steps=6", "schedule.name=constant")
@@ -73,6 +125,9 @@ def test_the_time_budget_stops_with_75_and_resumes(train, tmp_path):
     rows = train("run", "train.steps=5000", "train.stop_after_minutes=0.01", expect=75)
     assert (tmp_path / "run" / "checkpoints" / f"step-{max(rows):08d}" / "manifest.json").is_file()
     assert max(rows) < 5000
+    resumed = train("run", f"train.steps={max(rows) + 2}")
+    assert max(resumed) == max(rows) + 2
+    assert resumed[1] == rows[1]
 
 
 def test_keep_last_and_what_a_manifest_says(train, tmp_path):
@@ -100,7 +155,8 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("model.config.hidden_size=64", "model.config was"),
+        ("model.config.hidden_size=64", "model.config.hidden_size was 32 and is now 64"),
+        ("optim.weight_decay_on=all", "optim.weight_decay_on was matrices and is now all"),
         ("run.seed=12", "the run began with seed 11"),
         ("deepspeed.config=zero1.json", "ZeRO stage 3"),
         ("train.resume=never", "train.resume is never"),
@@ -128,7 +184,9 @@ def test_data_or_checkpoint_of_another_tokenizer_is_refused(train, tiny_tokenize
     from megatron_steel.data.tokenizer import load_tokenizer
 
     other = shutil.copytree(tiny_tokenizer, tmp_path / "other")
-    swapped = (other / "tokenizer.json").read_text().replace('"w3"', '"#"').replace('"w4"', '"w3"').replace('"#"', '"w4"')
+    swapped = (
+        (other / "tokenizer.json").read_text().replace('"w3"', '"#"').replace('"w4"', '"w3"').replace('"#"', '"w4"')
+    )
     (other / "tokenizer.json").write_text(swapped)
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{tiny_data}/train{suffix}", tmp_path / f"mine{suffix}")
