@@ -165,7 +165,13 @@ def test_decay_groups_remember_the_shape_of_cut_parameters():
 
 def test_two_matrices_cannot_start_a_tied_model(tmp_path):
     """transformers would leave them apart without a word, and the run could neither resume nor be exported."""
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     untied = build_config(Model(type="llama", config={**sizes, "tie_word_embeddings": False}))
     build_model(untied, 1).save_pretrained(tmp_path)
     tied = build_config(Model(type="llama", config={**sizes, "tie_word_embeddings": True}))
