@@ -55,7 +55,7 @@ def export(
     tokenizer = load_tokenizer(recipe.tokenizer.path)
     config = build_config(recipe.model, tokenizer.vocab_size)
     blueprint = shards.blueprint_of(config)
-    with _published(target) as folder:
+    with publishing(target) as folder:
         files = shards.write_shards(
             stream_weights(checkpoint.path), blueprint.shapes, folder, dtype, checkpoint.path
         )  # fmt: skip
@@ -111,7 +111,7 @@ def refuse_used(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _published(target: Path) -> Iterator[Path]:
+def publishing(target: Path, verb: str = "export") -> Iterator[Path]:
     """A folder to fill beside `target`; at a clean end it is synced and renamed, else it is gone."""
     from safetensors import SafetensorError
 
@@ -131,6 +131,6 @@ def _published(target: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if isinstance(error, (OSError, SafetensorError)):
-            what = f"the export could not be written: {getattr(error, 'strerror', None) or error}"
-            raise SteelError(what, target, "free space or mend the folder, then export again") from error
+            what = f"the {verb} could not be written: {getattr(error, 'strerror', None) or error}"
+            raise SteelError(what, target, f"free space or mend the folder, then {verb} again") from error
         raise
