@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from megatron_steel.audit_probe import Part, Reading
 
-AUDIT = "audit.json"
 _SHORT, _LONG = 31, 251  # probe lengths of a whole model and of a layer; odd primes, never a width
 _SEQUENCES, _SAMPLE = 4, 256
 

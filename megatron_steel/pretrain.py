@@ -154,7 +154,8 @@ def _audit(model: Any, folder: Path) -> bool | None:
 
     On rank 0 alone, on the whole model in fp32 on the CPU.
     """
-    from megatron_steel.audit import AUDIT, quick_audit, warning_of, write_json
+    from megatron_steel.audit import quick_audit, warning_of, write_json
+    from megatron_steel.convert.card import AUDIT
 
     report = quick_audit(model)
     write_json(folder / AUDIT, report)

@@ -2,7 +2,7 @@
 
 1. `find_checkpoint`: the newest whole checkpoint of a run folder, or one checkpoint, verified by its hashes.
 2. Weights stream from DeepSpeed's files into safetensors shards (`shards`), each name and shape checked.
-3. `companions` writes configuration, code and tokenizer beside them, `card` the README.
+3. `companions` writes configuration, code and tokenizer beside them, `card` the README; the run's `audit.json` goes along.
 4. With `verify` a fresh process without this package loads the folder and gives the same logits (`verify`).
 5. The folder is synced and takes its name. Until then it lies in `.NAME.tmp` beside it.
 
@@ -61,6 +61,9 @@ def export(
         )  # fmt: skip
         loader = companions.write_companions(folder, config, blueprint.architecture, dtype, recipe, tokenizer)
         difference = verify_export(checkpoint, folder) if verify else None
+        audit = checkpoint.path.absolute().parent.parent / card.AUDIT
+        if audit.is_file():
+            shutil.copyfile(audit, folder / card.AUDIT)
         card.write_card(folder, target.name, checkpoint, config, blueprint.parameters, dtype, loader, difference)
     print(
         f"{output}: {blueprint.architecture} of step {checkpoint.step:,}, {blueprint.parameters:,} parameters "
