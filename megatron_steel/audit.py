@@ -71,10 +71,11 @@ def examine(model: Any, ids_BT: "torch.Tensor") -> dict[str, Any]:
     """
     from megatron_steel import audit_figures as figures
     from megatron_steel import audit_probe as probe
+    from megatron_steel.audit_replay import asked
 
     length = _length(model, _LONG)
     short = min(length, _SHORT)
-    with probe.asked(model):
+    with asked(model):
         whole = {"ordinary": probe.whole_model(model, short)}
         layers = probe.probe_layers(model, length, every=True)
         loss = figures.losses(model, ids_BT)
@@ -98,10 +99,11 @@ def quick_audit(model: Any) -> dict[str, Any]:
     None and `problem` says why.
     """
     from megatron_steel import audit_probe as probe
+    from megatron_steel.audit_replay import asked
 
     length = _length(model, _LONG)
     try:
-        with probe.asked(model):
+        with asked(model):
             whole = {"ordinary": probe.whole_model(model, min(length, _SHORT))}
             layers = probe.probe_layers(model, length, every=False)
             if whole["ordinary"].reads_future and not any(part.reads_future for parts in layers for part in parts):
@@ -225,12 +227,14 @@ def _verdict(model: Any, whole: "dict[str, Reading]", layers: "list[list[Part]]"
     if leaking_whole and not leaks:
         leaks = [{"what": type(model).__name__, "part": "outside its decoder layers", "layers": []}]
     words = "; ".join(f"{leak['what']} {_where(leak)} reads later tokens" for leak in leaks)
+    alone = [bool(parts) for parts in layers]
+    doubt = "" if alone and all(alone) else " (asked as a whole only: its layers cannot be run alone)"
     return {
         "format_version": 1,
         "architecture": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "causal": not leaks,
-        "verdict": f"NOT CAUSAL: {words}" if leaks else "causal: yes",
+        "verdict": f"NOT CAUSAL: {words}" if leaks else f"causal: yes{doubt}",
         "leaks": leaks,
         "whole_model": {weights: vars(reading) for weights, reading in whole.items()},
         "layers": [{"parts": [_row(part) for part in parts]} for parts in layers],

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_steel.audit_probe import decoder_layers, forward, logits_of, rms, takes
+from megatron_steel.audit_probe import rms
+from megatron_steel.audit_replay import decoder_layers, forward, logits_of, takes
 
 _LENGTH, _PADDED = 23, 5
 

@@ -11,18 +11,26 @@ again as a copy whose weights are drawn afresh and doubled until its output is o
 Lengths are odd primes, so that a length is never taken for a width. Knows nothing of files, data or losses.
 """
 
-import contextlib
 import copy
 import dataclasses
-import inspect
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from megatron_steel.audit_replay import (
+    Call,
+    decoder_layers,
+    embedding_of,
+    forward,
+    kind_of_layer,
+    parts_of,
+    record_calls,
+    replay,
+    token_axis,
+)  # fmt: skip
 from megatron_steel.errors import SteelError
 
 ROUNDING = 1e-5
@@ -58,62 +66,6 @@ class Part:
         return any(reading.reads_future for reading in self.readings.values())
 
 
-@dataclass
-class _Call:
-    """What a module was called with, and what it gave: `x` is its sequence of vectors [B, T, h] (or [T, h])."""
-
-    args: tuple
-    kwargs: dict[str, Any]
-    slot: int | str
-    x: torch.Tensor
-    y: torch.Tensor
-
-
-class _SeenEnough(Exception):  # noqa: N818  (it ends a forward pass early)
-    pass
-
-
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder layers in order; [] where the model keeps no list of them."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    wanted = getattr(text, "num_hidden_layers", None)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    # The list of that length, else the outermost; a list of experts lies deeper than the layers.
-    lists.sort(key=lambda item: (len(item[1]) != wanted, item[0].count("."), -len(item[1])))
-    if not lists:
-        return []
-    name, found = lists[0]
-    return [(f"{name}.{i}", layer) for i, layer in enumerate(found)]
-
-
-def forward(model: nn.Module, ids_BT: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Logits [B, T, V] of a pass without a cache."""
-    if takes(model, "use_cache"):
-        inputs["use_cache"] = False
-    return logits_of(model(input_ids=ids_BT, **inputs))
-
-
-def logits_of(output: Any) -> torch.Tensor:
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
-def takes(model: nn.Module, name: str) -> bool:
-    """Whether the model's call names this argument."""
-    return name in inspect.signature(model.forward).parameters
-
-
-@contextlib.contextmanager
-def asked(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, as before afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def rms(x: torch.Tensor) -> float:
     """Root mean square, in fp64: numbers of 1e-25 have squares."""
     return float(x.detach().double().pow(2).mean().sqrt())
@@ -128,7 +80,7 @@ def whole_model(model: nn.Module, length: int, seed: int = 0) -> Reading:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    embedding = _embedding(model)
+    embedding = embedding_of(model)
     handle = embedding.register_forward_hook(note) if embedding is not None else None
     try:
         with torch.enable_grad():
@@ -151,10 +103,10 @@ def probe_layers(model: nn.Module, length: int, every: bool, seed: int = 0) -> l
     """
     layers = decoder_layers(model)
     kinds: dict[Any, int] = {}
-    stands_for = [kinds.setdefault(i if every else _kind(layer), i) for i, (_, layer) in enumerate(layers)]
+    stands_for = [kinds.setdefault(i if every else kind_of_layer(layer), i) for i, (_, layer) in enumerate(layers)]
     ids, _, t = _two_sequences(model, length, seed)
     chosen = {name: layer for i, (name, layer) in enumerate(layers) if stands_for[i] == i}
-    calls = _calls(chosen, lambda: forward(model, ids), length)
+    calls = record_calls(chosen, lambda: forward(model, ids), length)
     found = {
         i: _probe(layers[i][1], calls[layers[i][0]], t, layers[i][0], seed) if layers[i][0] in calls else []
         for i in set(stands_for)
@@ -168,7 +120,7 @@ def enlarge(model: nn.Module, length: int, seed: int = 0) -> nn.Module:
     _draw(model, seed)
     layers = dict(decoder_layers(model))
     ids, _, _ = _two_sequences(model, length, seed)
-    for name, call in _calls(layers, lambda: forward(model, ids), length).items():
+    for name, call in record_calls(layers, lambda: forward(model, ids), length).items():
         _wake(layers[name], call, call.x)
     return model
 
@@ -187,19 +139,19 @@ def _draw(module: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def _wake(layer: nn.Module, call: _Call, x: torch.Tensor) -> None:
+def _wake(layer: nn.Module, call: Call, x: torch.Tensor) -> None:
     """Double the matrices of a part until its output has an RMS of half or more: some formulas are of fourth degree."""
-    for name, inner in _parts(layer, call, x).items():
+    for name, inner in parts_of(layer, call, x).items():
         part = layer.get_submodule(name)
         matrices = [p for p in part.parameters() if p.dim() >= 2]
         for _ in range(_DOUBLINGS if matrices else 0):
-            if not 0 < rms(_replay(part, inner, inner.x)) < _AWAKE:
+            if not 0 < rms(replay(part, inner, inner.x)) < _AWAKE:
                 break
             for p in matrices:
                 p.mul_(2)
 
 
-def _probe(layer: nn.Module, call: _Call, t: int, where: str, seed: int) -> list[Part]:
+def _probe(layer: nn.Module, call: Call, t: int, where: str, seed: int) -> list[Part]:
     ordinary = _read(layer, call, call.x, t, where, seed)
     drawn = torch.randn(call.x.shape, generator=torch.Generator().manual_seed(seed))
     larger = copy.deepcopy(layer)
@@ -212,11 +164,11 @@ def _probe(layer: nn.Module, call: _Call, t: int, where: str, seed: int) -> list
     ]
 
 
-def _read(layer: nn.Module, call: _Call, x: torch.Tensor, t: int, where: str | None, seed: int) -> list[Part]:
+def _read(layer: nn.Module, call: Call, x: torch.Tensor, t: int, where: str | None, seed: int) -> list[Part]:
     """The layer and its parts, on what reaches them when the layer is given `x`."""
     with torch.no_grad():
-        whole = dataclasses.replace(call, x=x, y=_replay(layer, call, x))
-    calls = _parts(layer, call, x)
+        whole = dataclasses.replace(call, x=x, y=replay(layer, call, x))
+    calls = parts_of(layer, call, x)
     parts = [("", layer, whole), *((name, layer.get_submodule(name), inner) for name, inner in calls.items())]
     return [
         Part(name, type(m).__name__, {"read": _ask(m, c, t, where and f"{where}.{name}".rstrip("."), seed)})
@@ -224,16 +176,16 @@ def _read(layer: nn.Module, call: _Call, x: torch.Tensor, t: int, where: str | N
     ]
 
 
-def _ask(module: nn.Module, call: _Call, t: int, where: str | None, seed: int) -> Reading:
-    axis = _axis(call.x)
+def _ask(module: nn.Module, call: Call, t: int, where: str | None, seed: int) -> Reading:
+    axis = token_axis(call.x)
     later = torch.arange(call.x.shape[axis]) > t
     noise = torch.randn(call.x.shape, generator=torch.Generator().manual_seed(seed + 1)) * rms(call.x)
     shape = [-1 if i == axis else 1 for i in range(call.x.dim())]
     with torch.no_grad():
-        other = _replay(module, call, torch.where(later.view(shape), noise, call.x))
+        other = replay(module, call, torch.where(later.view(shape), noise, call.x))
     with torch.enable_grad():
         x = call.x.detach().clone().requires_grad_()
-        y = _replay(module, call, x * 1)  # a module may change its input in place
+        y = replay(module, call, x * 1)  # a module may change its input in place
         share = _future_share(y, x, t, axis)
     return Reading(_change(call.y, other, t, axis, where), share)
 
@@ -272,92 +224,3 @@ def _two_sequences(model: Any, length: int, seed: int) -> tuple[torch.Tensor, to
     other = ids.clone()
     other[:, t + 1 :] += torch.randint(1, words, (1, length - t - 1), generator=generator)
     return ids, other % words, t
-
-
-def _calls(modules: dict[str, nn.Module], run: Any, length: int) -> dict[str, _Call]:
-    """Run, and note the first call of each module that maps a sequence of vectors to one; stop when all are seen."""
-    calls: dict[str, _Call] = {}
-    waiting = set(modules)
-    handles = []
-
-    def hook(name: str) -> Any:
-        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if name not in waiting:
-                return
-            waiting.discard(name)
-            slot, x = _sequence({**dict(enumerate(args)), **kwargs}, length)
-            _, y = _sequence(dict(enumerate(output if isinstance(output, tuple) else (output,))), length)
-            if x is not None and y is not None:
-                calls[name] = _Call(args, kwargs, slot, x.detach().clone(), y.detach().clone())
-            if not waiting:
-                raise _SeenEnough
-
-        return note
-
-    try:
-        handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in modules.items()]
-        with torch.no_grad(), contextlib.suppress(_SeenEnough):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _sequence(values: dict[Any, Any], length: int) -> tuple[Any, torch.Tensor | None]:
-    """The first floating tensor [B, T, h] or [T, h] among arguments or results, and its place."""
-    for slot, value in values.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            if value.dim() == 3 and value.shape[1] == length:
-                return slot, value
-            if value.dim() == 2 and value.shape[0] == length:
-                return slot, value
-    return None, None
-
-
-def _axis(x: torch.Tensor) -> int:
-    """The one that counts tokens."""
-    return x.dim() - 2
-
-
-def _replay(module: nn.Module, call: _Call, x: torch.Tensor) -> torch.Tensor:
-    args, kwargs = list(call.args), dict(call.kwargs)
-    if isinstance(call.slot, int):
-        args[call.slot] = x.clone()
-    else:
-        kwargs[call.slot] = x.clone()
-    output = module(*args, **kwargs)
-    _, y = _sequence(dict(enumerate(output if isinstance(output, tuple) else (output,))), x.shape[_axis(x)])
-    assert y is not None  # it gave one before
-    return y
-
-
-def _parts(layer: nn.Module, call: _Call, x: torch.Tensor) -> dict[str, _Call]:
-    """What reaches the parts of which the layer's own code is made when it is given `x`: the outermost modules inside."""
-    inside = {name: m for name, m in layer.named_modules() if name}
-    calls = _calls(inside, lambda: _replay(layer, call, x), x.shape[_axis(x)])
-    return {name: c for name, c in calls.items() if not any(name.startswith(f"{other}.") for other in calls)}
-
-
-def _kind(layer: nn.Module) -> tuple:
-    """Equal for layers that differ in nothing but their weights and their number."""
-    parts = []
-    for name, module in layer.named_modules():
-        settings = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, (bool, int, float, str)) and key not in ("layer_idx", "training")
-        }
-        shapes = [tuple(p.shape) for p in module.parameters(recurse=False)]
-        parts.append((name, type(module), tuple(sorted(settings.items())), tuple(shapes)))
-    return tuple(parts)
-
-
-def _embedding(model: Any) -> nn.Module | None:
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        found = model.get_input_embeddings()
-        if isinstance(found, nn.Module):
-            return found
-    words = model.config.get_text_config().vocab_size
-    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings >= words)
-    return next(tables, None)

@@ -120,6 +120,16 @@ def test_the_quick_audit_names_one_bad_layer_among_equals():
     assert guilty(quick_audit(model)) == [("LlamaMLP", "mlp", [1])]
 
 
+def test_layers_that_cannot_be_run_alone_are_said_to_be_so():
+    model = native("llama")
+    model.model.layers = torch.nn.ModuleList([torch.nn.Identity()] * 2)  # called, but not with anything of theirs
+    model.model.forward = lambda input_ids, **kwargs: (model.model.embed_tokens(input_ids),)
+    model.forward = lambda input_ids: (model.lm_head(model.model(input_ids)[0]),)
+    report = quick_audit(model)
+    assert report["causal"] is True
+    assert report["verdict"].startswith("causal: yes (asked as a whole only")
+
+
 def test_the_quick_audit_leaves_no_trace():
     model = steel("softmoe_v1").train()
     before = copy.deepcopy(model.state_dict())
