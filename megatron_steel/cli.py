@@ -1,6 +1,7 @@
 """`megatron-steel VERB`: each verb parses its arguments and calls one room.
 
-Nothing heavy is imported before a verb runs, so that `--help` is instant. A verb's function is named after it.
+Nothing heavy is imported before a verb runs, so that `--help` is instant. A verb's function is named after it (`import`
+is a keyword, so its function is `import_hf`).
 """
 
 import argparse
@@ -91,6 +92,18 @@ def export(source: str, output: str, dtype: str, verify: bool) -> None:
     export(source, output, dtype=dtype, verify=verify)
 
 
+def import_hf(source: str, output: str, trust_code: bool) -> None:
+    from megatron_steel.convert.import_hf import import_hf
+
+    import_hf(source, output, trust_code)
+
+
+def audit(source: str, **settings: Any) -> None:
+    from megatron_steel.audit import audit
+
+    audit(source, **settings)
+
+
 def generate(model: str, prompt: str, max_new_tokens: int, greedy: bool, trust_code: bool) -> None:
     from megatron_steel.post.generate import generate
 
@@ -108,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
-    def verb(action: Callable[..., None], help: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(action.__name__.replace("_", "-"), help=help, description=help)
+    def verb(action: Callable[..., None], help: str, name: str = "") -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name or action.__name__.replace("_", "-"), help=help, description=help)
         sub.set_defaults(action=action)
         return sub
 
@@ -152,6 +165,20 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("output", metavar="OUT_DIR")
     p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     p.add_argument("--verify", action="store_true", help="reload in a fresh process and compare logits")
+
+    p = verb(
+        import_hf, "make a published model a folder to start from (Steel-LLM: in this package's own form)", "import"
+    )
+    p.add_argument("source", metavar="HF_DIR")
+    p.add_argument("output", metavar="OUT_DIR")
+    p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+
+    p = verb(audit, "can the model see the future, what is its honest loss, do its FFNs work")
+    p.add_argument("source", metavar="HF_DIR_OR_CHECKPOINT")
+    p.add_argument("--data", metavar="PREFIX", help="a data set for the losses (default: random tokens)")
+    p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
+    p.add_argument("--picture", metavar="FILE", help="write a PNG here")
+    p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
     p = verb(generate, "let an exported model write")
     p.add_argument("model", metavar="HF_DIR")

@@ -1,7 +1,7 @@
 """What `deepspeed --module megatron_steel.pretrain RECIPE [key.path=value ...]` starts on every rank.
 
 1. `plan_run` checks the recipe against data, tokenizer and model, so that bad input ends before anything is built.
-2. `_train` builds model and engine, goes on from the newest whole checkpoint, and hands a `Job` to the loop.
+2. `_train` builds and audits the model, starts the engine, goes on from the newest whole checkpoint, and hands a `Job` to the loop.
 
 Exit codes are those of `errors.py`; all ranks leave together.
 """
@@ -23,7 +23,6 @@ from megatron_steel.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
-    from transformers import PretrainedConfig
 
     from megatron_steel.checkpoint.commit import Checkpoint
     from megatron_steel.train.watch import Watch
@@ -86,15 +85,17 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
     steps = dist.together(lambda: preflight.total_steps(recipe, plan, checkpoint)) or 0
     order = preflight.plan_order(recipe, plan, steps, checkpoint)
     _announce(recipe, plan, steps, config, checkpoint)
+    if dry_run and getattr(plan.config, "sees_future", False):  # nothing is built, so nothing is audited
+        dist.log.warning("FFN_type %s lets every position see later tokens", getattr(plan.config, "FFN_type", ""))
     if dry_run or (checkpoint and checkpoint.step >= steps):
         dist.log.info("dry run: everything checks" if dry_run else "the run is complete: nothing to do")
         return
 
     held = dist.together(lambda: _open_folder(folder, recipe, config, seen), only=dist.is_main())
-    engine, group_names = _start_engine(recipe, plan, config, checkpoint, device)
+    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
     facts = _facts(recipe, plan, config)
-    monitor = Monitor(folder, progress.step, _sees_future(plan.config))
+    monitor = Monitor(folder, progress.step, sees_future=causal is False)
     monitor.text("recipe", _as_yaml(recipe))
     dataset = preflight.open_dataset(plan.train, order)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
@@ -135,21 +136,38 @@ def _start_engine(
     config: dict[str, Any],
     checkpoint: "Checkpoint | None",
     device: "torch.device",
-) -> "tuple[DeepSpeedEngine, list[list[str]]]":
-    """The engine, and the names of the parameters in each optimizer group."""
+) -> "tuple[DeepSpeedEngine, list[list[str]], bool | None]":
+    """The engine, the names of the parameters in each optimizer group, and (on rank 0) the audit's verdict."""
     from megatron_steel.model import build
     from megatron_steel.train import engine as engines
 
     def make() -> Any:
         start_from = None if checkpoint else recipe.model.init_from
         model = build.build_model(plan.config, recipe.run.seed, start_from, recipe.model.trust_code)
-        return build.prepare_for_training(model, recipe.train.activation_checkpointing)
+        causal = _audit(model, Path(recipe.run.dir).expanduser()) if dist.is_main() else None
+        return build.prepare_for_training(model, recipe.train.activation_checkpointing), causal
 
-    model: Any = dist.together(make)
+    model, causal = dist.together(make) or (None, None)
     groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)
     names = {id(p): name for name, p in model.named_parameters()}
     group_names = [[names[id(p)] for p in group["params"]] for group in groups]
-    return engines.start_engine(model, groups, recipe.optim, config, device), group_names
+    return engines.start_engine(model, groups, recipe.optim, config, device), group_names, causal
+
+
+def _audit(model: Any, folder: Path) -> bool | None:
+    """Write `audit.json`, warn about a model that reads the future. Returns the verdict; None: it could not be found.
+
+    On rank 0 alone, on the whole model in fp32 on the CPU.
+    """
+    from megatron_steel.audit import quick_audit, warning_of, write_json
+    from megatron_steel.convert.card import AUDIT
+
+    report = quick_audit(model)
+    write_json(folder / AUDIT, report)
+    warning = warning_of(report)
+    if warning:
+        dist.log.warning("%s", warning)
+    return report["causal"]
 
 
 def _facts(recipe: Recipe, plan: preflight.RunPlan, config: dict[str, Any]) -> dict[str, Any]:
@@ -251,10 +269,6 @@ def _peak_flops(device: "torch.device") -> float | None:
     return peak_flops(torch.cuda.get_device_name(device))
 
 
-def _sees_future(config: "PretrainedConfig") -> bool:
-    return bool(getattr(config, "sees_future", False))
-
-
 def _announce(
     recipe: Recipe, plan: preflight.RunPlan, steps: int, config: dict[str, Any], checkpoint: "Checkpoint | None"
 ) -> None:
@@ -269,12 +283,6 @@ def _announce(
     )  # fmt: skip
     if checkpoint:
         dist.log.info("going on from %s", checkpoint.path)
-    if _sees_future(plan.config):
-        dist.log.warning(
-            "FFN_type %s lets every position see later tokens: the loss below is NOT a language-model loss, and cached "
-            "decoding computes another function",
-            plan.config.FFN_type,  # type: ignore[attr-defined]
-        )
 
 
 def _open_folder(folder: Path, recipe: Recipe, config: dict[str, Any], seen: list[Path]) -> TextIO:

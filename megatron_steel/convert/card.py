@@ -12,6 +12,9 @@ from megatron_steel.checkpoint.commit import Checkpoint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+AUDIT = "audit.json"
+"""The audit's verdict (`causal`) on a model, in its run folder and in its exports."""
+
 
 def write_card(
     folder: Path,
@@ -34,7 +37,7 @@ def write_card(
     manifest = checkpoint.manifest
     code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     loss = validation_loss(checkpoint)
-    sees_future = bool(getattr(config, "sees_future", False))
+    sees_future = bool(getattr(config, "sees_future", False)) or _verdict(folder) is False
     rows = [
         ("architecture", f"`{config.model_type}`" + (f", FFN `{config.FFN_type}`" if hasattr(config, "FFN_type") else "")),
         ("parameters", f"{parameters:,} ({dtype})"),
@@ -72,6 +75,12 @@ def validation_loss(checkpoint: Checkpoint) -> tuple[int, float] | None:
         if step <= checkpoint.step:
             found = step, loss
     return found
+
+
+def _verdict(folder: Path) -> bool | None:
+    """Whether the model is causal by the audit that lies in the folder; None: there is none, or it did not find out."""
+    file = folder / AUDIT
+    return json.loads(file.read_text(encoding="utf-8")).get("causal") if file.is_file() else None
 
 
 def _data(manifest: dict[str, Any]) -> str:
@@ -113,8 +122,8 @@ pipeline_tag: text-generation
 {warning}{load}"""
 
 _WARNING = """\
-**This model's loss sees the future.** Its soft mixture of experts mixes over the whole sequence, so each position was
-trained with a view of the tokens it had to predict. The losses above are not language-model losses, and text generated
-token by token is worse than they promise.
+**This model's loss sees the future.** It mixes over the whole sequence, so each position was trained with a view of the
+tokens it had to predict. The losses above are not language-model losses, and text generated token by token is worse than
+they promise.
 
 """

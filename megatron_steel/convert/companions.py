@@ -123,16 +123,21 @@ def copy_tokenizer(source: Path, folder: Path, original: "Tokenizer") -> None:
         shutil.copyfile(source, folder / source.name)
         dist.log.info("%s is a sentencepiece model: the export holds it, but no Hugging Face tokenizer", source)
         return
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-    for name in _TOKENIZER_FOLDERS:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
+    copy_tokenizer_files(source, folder)
     if load_tokenizer(folder).fingerprint != original.fingerprint:
         raise SteelError("the copied tokenizer gives other ids than the original", source,
                          "save it as a plain Hugging Face tokenizer folder and name that in tokenizer.path")  # fmt: skip
+
+
+def copy_tokenizer_files(source: Path, folder: Path) -> list[Path]:
+    """Copy whatever belongs to a tokenizer, byte for byte. Returns the files found."""
+    found = [file for pattern in _TOKENIZER_FILES for file in sorted(source.glob(pattern)) if file.is_file()]
+    for file in found:
+        shutil.copyfile(file, folder / file.name)
+    for name in _TOKENIZER_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+    return found
 
 
 def tokenizer_class(folder: Path, config: "PretrainedConfig", original: "Tokenizer") -> str:

@@ -2,7 +2,7 @@
 
 1. `find_checkpoint`: the newest whole checkpoint of a run folder, or one checkpoint, verified by its hashes.
 2. Weights stream from DeepSpeed's files into safetensors shards (`shards`), each name and shape checked.
-3. `companions` writes configuration, code and tokenizer beside them, `card` the README.
+3. `companions` writes configuration, code and tokenizer beside them, `card` the README; the run's `audit.json` goes along.
 4. With `verify` a fresh process without this package loads the folder and gives the same logits (`verify`).
 5. The folder is synced and takes its name. Until then it lies in `.NAME.tmp` beside it.
 
@@ -59,12 +59,15 @@ def export(
         raise SteelError(what, recipe.tokenizer.path, "put the original tokenizer back there")
     config = build_config(recipe.model, tokenizer.vocab_size)
     blueprint = shards.blueprint_of(config)
-    with _published(target) as folder:
+    with publishing(target) as folder:
         files = shards.write_shards(
             stream_weights(checkpoint.path), blueprint.shapes, folder, dtype, checkpoint.path
         )  # fmt: skip
         loader = companions.write_companions(folder, config, blueprint.architecture, dtype, recipe, tokenizer)
         difference = verify_export(checkpoint, folder) if verify else None
+        audit = checkpoint.path.absolute().parent.parent / card.AUDIT
+        if audit.is_file():
+            shutil.copyfile(audit, folder / card.AUDIT)
         card.write_card(folder, target.name, checkpoint, config, blueprint.parameters, dtype, loader, difference)
     print(
         f"{output}: {blueprint.architecture} of step {checkpoint.step:,}, {blueprint.parameters:,} parameters "
@@ -115,7 +118,7 @@ def refuse_used(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _published(target: Path) -> Iterator[Path]:
+def publishing(target: Path, verb: str = "export") -> Iterator[Path]:
     """A folder to fill beside `target`; at a clean end it is synced and renamed, else it is gone."""
     from safetensors import SafetensorError
 
@@ -135,6 +138,6 @@ def _published(target: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if isinstance(error, (OSError, SafetensorError)):
-            what = f"the export could not be written: {getattr(error, 'strerror', None) or error}"
-            raise SteelError(what, target, "free space or mend the folder, then export again") from error
+            what = f"the {verb} could not be written: {getattr(error, 'strerror', None) or error}"
+            raise SteelError(what, target, f"free space or mend the folder, then {verb} again") from error
         raise

@@ -50,7 +50,7 @@ def write_shards(
     weights: Iterable[tuple[str, torch.Tensor]],
     shapes: dict[str, tuple[int, ...]],
     folder: Path,
-    dtype: str,
+    dtype: str | None,
     where: Path,
 ) -> list[Path]:
     """Write `model.safetensors`, or several shards and their index. Returns the weight files.
@@ -58,7 +58,7 @@ def write_shards(
     Args:
         weights: (name, tensor) pairs in any order, each once.
         shapes: exactly what must come.
-        dtype: of the files, a torch dtype's name.
+        dtype: of the files, a torch dtype's name; None keeps each tensor's own.
         where: named in errors.
 
     Raises:
@@ -85,9 +85,9 @@ def write_shards(
     return _name_files(written, total_bytes, folder)
 
 
-def cast(name: str, tensor: torch.Tensor, dtype: str, where: Path) -> torch.Tensor:
+def cast(name: str, tensor: torch.Tensor, dtype: str | None, where: Path) -> torch.Tensor:
     """The tensor in the dtype of the export, contiguous. Raises SteelError where that makes numbers non-finite."""
-    narrow = tensor.to(getattr(torch, dtype)).contiguous()
+    narrow = tensor.to(getattr(torch, dtype) if dtype else tensor.dtype).contiguous()
     if bool(torch.isfinite(narrow).all()):
         return narrow
     if not bool(torch.isfinite(tensor).all()):

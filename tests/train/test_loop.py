@@ -226,7 +226,9 @@ def test_a_step_with_infinite_gradients_is_left_out(stage, train, monkeypatch, c
             return grad * float("inf") if calls["n"] == 2 * 4 else grad  # the last micro-batch of step 2
 
         model.model.layers[0].self_attn.q_proj.register_full_backward_hook(
-            lambda module, inputs, outputs: tuple(None if g is None else spoil(g) for g in inputs)
+            lambda module, inputs, outputs: (
+                tuple(None if g is None else spoil(g) for g in inputs) if module.training else None  # not in the audit
+            )
         )
         return model
 

@@ -1,0 +1,190 @@
+"""What an audit measures beside causality: losses, decoding, padding, and whether each FFN does anything.
+
+1. `losses`: the loss of one pass over whole sequences (teacher-forced) beside that of passes which saw only the prefix
+   of the token they predict (prefix-only). Equal when causal; else only the second is a language-model loss.
+2. `decoding`: one full pass against decoding token by token, as `generate` does it.
+3. `padding`: a left-padded row against the same row alone.
+4. `health`: what the FFN adds to the residual stream, and the gradients of FFN and attention, per layer.
+
+Knows nothing of files.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_steel.audit_probe import rms
+from megatron_steel.audit_replay import decoder_layers, forward, logits_of, takes
+
+_LENGTH, _PADDED = 23, 5
+
+
+@torch.no_grad()
+def losses(model: Any, ids_BT: torch.Tensor, positions: int = 12, seed: int = 0) -> dict[str, Any]:
+    """Mean loss in nats per token of int64 sequences [B, T], teacher-forced and prefix-only.
+
+    Prefix-only costs a pass per position, so it is taken at `positions` places, spread evenly over [1, T - 1] from a
+    random start; the teacher-forced loss at the same places stands beside it.
+    """
+    B, T = ids_BT.shape
+    forced_BT = torch.cat([_token_losses(forward(model, row[None])[:, :-1], row[None, 1:]) for row in ids_BT])
+    generator = torch.Generator().manual_seed(seed)
+    count = min(positions, T - 1)
+    start = float(torch.rand(1, generator=generator))
+    places = [int((i + start) * (T - 1) / count) for i in range(count)]
+    honest = torch.stack(
+        [_token_losses(forward(model, ids_BT[:, : t + 1])[:, -1:], ids_BT[:, t + 1 : t + 2])[:, 0] for t in places],
+        dim=1,
+    )
+    same = forced_BT[:, places]
+    gap = (honest - same).flatten()
+    return {
+        "sequences": B,
+        "length": T,
+        "ln_vocabulary": math.log(_words(model)),
+        "teacher_forced": float(forced_BT.mean()),
+        "positions": gap.numel(),
+        "teacher_forced_at_positions": float(same.mean()),
+        "prefix_only": float(honest.mean()),
+        "gap": float(gap.mean()),
+        "gap_standard_error": float(gap.std() / gap.numel() ** 0.5) if gap.numel() > 1 else None,
+    }
+
+
+@torch.no_grad()
+def decoding(model: Any, seed: int = 0) -> dict[str, Any]:
+    """Largest difference of logits between a full pass and decoding token by token, over the RMS of the logits.
+
+    `mode` is `cached`, or `recomputed` where the model gives no cache: every token then takes a pass over its prefix.
+    """
+    ids_BT = _random(model, 2, _LENGTH, seed)
+    full = forward(model, ids_BT)
+    step = _cached if takes(model, "past_key_values") and takes(model, "use_cache") else None
+    decoded = step(model, ids_BT) if step else None
+    mode = "recomputed" if decoded is None else "cached"
+    if decoded is None:
+        decoded = torch.stack([forward(model, ids_BT[:, : t + 1])[:, -1] for t in range(_LENGTH)], dim=1)
+    return {"mode": mode, "difference": _apart(full, decoded)}
+
+
+@torch.no_grad()
+def padding(model: Any, seed: int = 0) -> float | None:
+    """Largest difference of logits between a left-padded row of a batch and the row alone, over the RMS of the logits.
+
+    None where the model takes no attention mask.
+    """
+    if not takes(model, "attention_mask"):
+        return None
+    ids_BT = _random(model, 2, _LENGTH, seed)
+    mask = torch.ones_like(ids_BT)
+    mask[1, :_PADDED] = 0
+    inputs = {"attention_mask": mask}
+    if takes(model, "position_ids"):
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    batch = forward(model, ids_BT, **inputs)
+    return _apart(forward(model, ids_BT[1:, _PADDED:]), batch[1:, _PADDED:])
+
+
+def health(model: Any, ids_BT: torch.Tensor) -> list[dict[str, float | None]]:
+    """Per layer: RMS of the FFN's output over that of the layer's (`ffn_share`), and gradient RMS of the next-token loss
+    by the weights of FFN and attention. One backward pass; each gradient is dropped as soon as it is measured."""
+    layers = decoder_layers(model)
+    squares: dict[str, list[float]] = {}
+    shares: dict[int, float] = {}
+    handles: list[Any] = []
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for i, (_, layer) in enumerate(layers):
+        handles += _watch(i, layer, squares, shares)
+    try:
+        with torch.enable_grad():
+            model.requires_grad_(True)
+            logits = forward(model, ids_BT)
+            F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids_BT[:, 1:].flatten()).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p in model.parameters():
+            p.grad = None
+        for p in frozen:
+            p.requires_grad_(False)
+    return [
+        {"ffn_share": shares.get(i), "ffn_gradient": _mean(squares, f"{i}.ffn"), "attention_gradient": _mean(squares, f"{i}.attention")}
+        for i in range(len(layers))
+    ]  # fmt: skip
+
+
+def kind_of(name: str, module: nn.Module) -> str | None:
+    """`attention`, `ffn` or None (norms, dropout) for a part of a layer, by its names and its matrices."""
+    if not any(p.dim() >= 2 for p in module.parameters()):
+        return None
+    words = f"{name} {type(module).__name__}".lower()
+    return "attention" if any(word in words for word in ("attn", "attention")) else "ffn"
+
+
+def _watch(i: int, layer: nn.Module, squares: dict[str, list[float]], shares: dict[int, float]) -> list[Any]:
+    sizes: dict[str, float] = {}
+
+    def add(key: str) -> Any:
+        def measure(p: torch.Tensor) -> None:
+            if p.grad is not None:
+                total = squares.setdefault(key, [0.0, 0.0])
+                total[0] += float(p.grad.double().pow(2).sum())
+                total[1] += p.numel()
+                p.grad = None
+
+        return measure
+
+    def size(key: str) -> Any:
+        def measure(module: nn.Module, args: Any, output: Any) -> None:
+            sizes[key] = rms(output[0] if isinstance(output, tuple) else output)
+            if key == "layer" and "ffn" in sizes:
+                shares[i] = sizes["ffn"] / sizes["layer"] if sizes["layer"] else math.nan
+
+        return measure
+
+    handles = [layer.register_forward_hook(size("layer"))]
+    for name, part in layer.named_children():
+        kind = kind_of(name, part)
+        if kind:
+            handles += [p.register_post_accumulate_grad_hook(add(f"{i}.{kind}")) for p in part.parameters()]
+        if kind == "ffn" and not isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            handles.append(part.register_forward_hook(size("ffn")))
+    return handles
+
+
+def _mean(squares: dict[str, list[float]], key: str) -> float | None:
+    return (squares[key][0] / squares[key][1]) ** 0.5 if key in squares else None
+
+
+def _cached(model: Any, ids_BT: torch.Tensor) -> torch.Tensor | None:
+    """Logits of feeding one token at a time with the cache that the model hands back; None: it keeps none."""
+    from transformers import DynamicCache
+
+    past: Any = None
+    parts = []
+    for t in range(ids_BT.shape[1]):
+        output = model(input_ids=ids_BT[:, t : t + 1], past_key_values=past, use_cache=True)
+        past = getattr(output, "past_key_values", None)
+        if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0):
+            return None
+        parts.append(logits_of(output))
+    return torch.cat(parts, dim=1)
+
+
+def _token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT, reduction="none")
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max()) / (rms(a) or 1.0)
+
+
+def _random(model: Any, rows: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, _words(model), (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _words(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
