@@ -14,6 +14,8 @@ Must not know tokenizers, manifests or what a sample is.
 """
 
 import bisect
+import contextlib
+import fcntl
 import hashlib
 import os
 import struct
@@ -69,6 +71,45 @@ def bin_path(prefix: PathLike) -> Path:
 
 def idx_path(prefix: PathLike) -> Path:
     return Path(f"{os.fspath(prefix)}.idx")
+
+
+class Busy(SteelError):  # noqa: N818  (it says what the place is)
+    """Another process writes there; what it has written so far is its own."""
+
+
+@contextlib.contextmanager
+def reserved(prefix: PathLike) -> Iterator[None]:
+    """Keep every other process from making `prefix` meanwhile; raises `Busy` where one does already.
+
+    The file PREFIX.lock goes at the end. The kernel drops the lock when its holder dies, so a stale one cannot exist.
+    """
+    path = Path(f"{os.fspath(prefix)}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile looks again
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """Open `path` for this process alone, empty. A file system without locks (some network ones) gives none."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        file = os.fdopen(fd, "rb+", buffering=1 << 20)  # not cut before it is known to be ours
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            remedy = "wait for it or stop it, or choose another output"
+            raise Busy("another process is writing this data set", path, remedy) from None
+        except OSError:
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                return file
+        file.close()  # its holder finished and took it away between the open and the lock
 
 
 class IndexedDataset:
@@ -290,7 +331,8 @@ class IndexedWriter:
     """Writes a data set of `dtype` aside; leaving the `with` block publishes it, an error leaves nothing.
 
     `.bin` takes its name before `.idx`, and an older `.idx` goes first: an `.idx` never stands beside a `.bin` that is
-    not its own. After the block `facts` holds what was written. Memory does not grow with the data.
+    not its own. A second writer of the same prefix gets `Busy`. After the block `facts` holds what was written.
+    Memory does not grow with the data.
     """
 
     facts: Facts
@@ -308,7 +350,8 @@ class IndexedWriter:
 
     def __enter__(self) -> "IndexedWriter":
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        for name in ("bin", "idx", "documents"):
+        self._files["documents"] = _locked(Path(self._aside("documents")))  # whoever holds it owns the others
+        for name in ("bin", "idx"):
             self._files[name] = open(self._aside(name), "wb+", buffering=1 << 20)
         self._files["idx"].write(bytes(_HEADER.size))
         self._files["documents"].write(np.zeros(1, _OFFSET).tobytes())
@@ -411,9 +454,9 @@ class IndexedWriter:
         return f"{self.prefix}.{name}.partial"  # a fixed name: what a killed writer leaves, the next one overwrites
 
     def _discard(self) -> None:
-        for name, file in self._files.items():
-            file.close()
+        for name, file in reversed(self._files.items()):  # the locked one last, and gone before it is unlocked
             Path(self._aside(name)).unlink(missing_ok=True)
+            file.close()
 
 
 def negative_id(data: IndexedDataset, position: int) -> SteelError:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_steel.data import manifest
-from megatron_steel.data.indexed import Facts, IndexedDataset, IndexedWriter, PathLike, negative_id
+from megatron_steel.data.indexed import Facts, IndexedDataset, IndexedWriter, PathLike, negative_id, reserved
 from megatron_steel.errors import SteelError
 
 log = logging.getLogger("megatron_steel")
@@ -23,17 +23,21 @@ def merge(prefixes: Sequence[PathLike], output: PathLike) -> manifest.Manifest:
     """Merge data sets of one dtype and one tokenizer; write the merged manifest and return it.
 
     Raises:
-        SteelError: nothing to merge, the output is an input, dtypes or tokenizers differ, or an input is broken.
+        SteelError: nothing to merge, the output is an input, dtypes or tokenizers differ, an input is broken, or
+            another process is writing the output.
     """
     if not prefixes:
         raise SteelError("there is nothing to merge", output, "name at least one data set")
+    if os.path.basename(output) in ("", ".", ".."):
+        raise SteelError("the output is a folder, not the beginning of file names", output, "give FOLDER/NAME")
     if Path(output).resolve() in {Path(p).resolve() for p in prefixes}:
         raise SteelError("the output is one of the inputs", output, "choose another output")
     _check_dtypes(prefixes, output)
-    known = [manifest.fresh(prefix) for prefix in prefixes]
+    known = [manifest.trust(prefix) for prefix in prefixes]  # a copy with other times is read, not taken as unknown
     tokenizer = _common_tokenizer(prefixes, known, output)
-    facts = concatenate(prefixes, output)
-    return manifest.write(output, facts, tokenizer, [entry for m in known if m for entry in m.provenance])
+    with reserved(output):
+        facts = concatenate(prefixes, output)
+        return manifest.write(output, facts, tokenizer, [entry for m in known for entry in m.provenance])
 
 
 def concatenate(prefixes: Sequence[PathLike], output: PathLike) -> Facts:
@@ -75,9 +79,9 @@ def _check_dtypes(prefixes: Sequence[PathLike], output: PathLike) -> None:
 
 
 def _common_tokenizer(
-    prefixes: Sequence[PathLike], known: Sequence[manifest.Manifest | None], output: PathLike
+    prefixes: Sequence[PathLike], known: Sequence[manifest.Manifest], output: PathLike
 ) -> manifest.TokenizerFacts | None:
-    tokenizers = [m.tokenizer if m else None for m in known]
+    tokenizers = [m.tokenizer for m in known]
     by_print = {t["fingerprint"]: os.fspath(p) for t, p in zip(tokenizers, prefixes, strict=True) if t}
     if len(by_print) > 1:
         listed = ", ".join(by_print.values())

@@ -20,12 +20,16 @@ T = TypeVar("T")
 _state: list[Any] = []  # in a worker: what `prepare` made there, once
 
 
+class WorkerDied(SteelError):  # noqa: N818  (it says what happened)
+    """A worker process ended without an answer; what others finished is good."""
+
+
 def in_order(
     work: Callable[[Any, Any], T], items: Iterable[Any], workers: int, prepare: Callable[[Any], Any], argument: Any
 ) -> Generator[T, None, None]:
     """Yield `work(item, prepare(argument))` for each item; `prepare` runs once in each process.
 
-    Closing it waits for the items under way. Raises what `work` raises, and SteelError when a worker process dies.
+    Closing it waits for the items under way. Raises what `work` raises, and `WorkerDied` when a process does.
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(prepare, argument))
@@ -39,7 +43,7 @@ def in_order(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         what = "a worker process died (killed, perhaps for memory)"
-        raise SteelError(what, f"{workers} worker processes", "repeat with fewer --workers") from None
+        raise WorkerDied(what, f"{workers} worker processes", "repeat with fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

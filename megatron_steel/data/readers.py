@@ -4,7 +4,7 @@ A file is cut into units that workers read alone: byte ranges of a plain jsonl f
 and the whole of anything else (a compressed file cannot be entered in the middle: many files feed many workers).
 Memory holds one row, one parquet batch or one text file at a time. Must not know tokenizers or the output.
 
-    .jsonl .json     one JSON object a line; a file that begins with `[` is one array of objects
+    .jsonl .json     one JSON object a line; a file that begins with `[` is one array of objects and no more
     .parquet         one row, one document; only the text column is read
     .txt             the whole file is one document (at most 64 MB), line ends as they are
 """
@@ -25,8 +25,10 @@ from typing import IO, Any
 from megatron_steel.errors import SteelError
 
 _MAX_TEXT_BYTES = 64 << 20
+_READ, _MAX_ELEMENT = 1 << 20, 64 << 20  # characters
+_CUT_SHORT = 16  # characters: no literal, number or escape that the end of a buffer may cut is longer
 _BOM = b"\xef\xbb\xbf"
-_GAP = re.compile(r"[ \t\r\n,]*")
+_GAP, _AFTER_ELEMENT = re.compile(r"[ \t\r\n,]*"), re.compile(r"[ \t\r\n,\]]")
 
 
 @dataclass(frozen=True)
@@ -194,28 +196,47 @@ def _checked(number: int, text: Any, text_key: str) -> Row:
 
 
 def _array(unit: Unit, text_key: str) -> Iterator[Row]:
-    """Elements of one JSON array, without holding the array."""
-    decoder, number, size = json.JSONDecoder(), 0, 1 << 20
+    """Elements of one JSON array, without holding the array; nothing may follow it."""
+    decoder, number, line, size = json.JSONDecoder(), 0, 1, _READ
     with _open(Path(unit.path)) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
-        buffer = file.read(size).lstrip().removeprefix("[")
-        at = 0
+        buffer = file.read(size)
+        at = buffer.index("[") + 1
         while True:
             at = _GAP.match(buffer, at).end()  # type: ignore[union-attr]
             if buffer.startswith("]", at):
+                rest = itertools.chain([buffer[at + 1 :]], iter(lambda: file.read(_READ), ""))
+                if any(part and not part.isspace() for part in rest):
+                    raise _not_an_array(unit, line + buffer.count("\n", 0, at), f"text behind its {number} elements")
                 return
-            try:
-                value, end = decoder.raw_decode(buffer, at)
-                problem = "" if end < len(buffer) else "the array is not closed"  # a number at the end might go on
-            except ValueError as error:
-                problem = str(error)
+            value, end, problem, complete = _element(decoder, buffer, at)
             if not problem:
-                number, at, size = number + 1, end, 1 << 20
+                number, at, size = number + 1, end, _READ
                 yield _row(number, value, text_key)
                 continue
-            more = file.read(size)
+            more = "" if complete or len(buffer) - at > _MAX_ELEMENT else file.read(size)
+            line += buffer.count("\n", 0, at)
             if not more:
-                raise OSError(f"element {number + 1} of its JSON array: {problem}")
+                raise _not_an_array(unit, line, f"element {number + 1} of its JSON array: {problem}")
             buffer, at, size = buffer[at:] + more, 0, size * 2
+
+
+def _element(decoder: json.JSONDecoder, buffer: str, at: int) -> tuple[Any, int, str, bool]:
+    """The value at `at`, its end, what is wrong with it, and whether that stays wrong when more is read."""
+    try:
+        value, end = decoder.raw_decode(buffer, at)
+    except json.JSONDecodeError as error:
+        cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - _CUT_SHORT
+        return None, at, error.msg, not cut
+    except (ValueError, RecursionError) as error:
+        return None, at, str(error), True
+    if _AFTER_ELEMENT.match(buffer, end):  # a number at the end of the buffer might go on
+        return value, end, "", True
+    return None, at, "no comma and no ] behind it", end < len(buffer) - _CUT_SHORT
+
+
+def _not_an_array(unit: Unit, line: int, problem: str) -> SteelError:
+    remedy = "mend it, or write one JSON object a line"
+    return SteelError(f"the file cannot be read: {problem}", f"{unit.path}:{line}", remedy)
 
 
 def _parquet(path: Path) -> Any:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.data import manifest, parallel, parts, readers
-from megatron_steel.data.indexed import PathLike
+from megatron_steel.data.indexed import Busy, PathLike, bin_path, idx_path, reserved
 from megatron_steel.data.merge import concatenate
 from megatron_steel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_steel.errors import SteelError
@@ -60,27 +60,51 @@ def tokenize(
             malformed rows or more and no other.
 
     Raises:
-        SteelError: bad argument, input or tokenizer; too many malformed rows; no text. The output is untouched then.
+        SteelError: bad argument, input or tokenizer; too many malformed rows; no text; another process makes the
+            same output; a validation set of an earlier split would be left. The output is untouched then.
     """
-    if not inputs:
-        raise SteelError("there is no input", output_prefix, "name at least one file")
-    if not 0 <= validation_ratio < 1:
-        raise SteelError(f"a validation ratio of {validation_ratio} is not in [0, 1)", output_prefix, "0.01 is usual")
+    _check_arguments(inputs, output_prefix, validation_ratio, max_malformed_ratio)
     tokenizer = load_tokenizer(tokenizer_path)
     bundles = _bundles(inputs)
     units = [unit for bundle in bundles for unit in bundle]
     job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio)
     try:
-        _open_folder(job, units, tokenizer)
-        made = _make_parts(job, bundles, workers or _cpus(), tokenizer, tokenizer_path, max_malformed_ratio)
-        result = _publish(job, units, made, tokenizer, output_prefix)
-    except SteelError:
-        shutil.rmtree(job.folder, ignore_errors=True)
-        raise
-    except OSError as error:  # a full disk, say: the finished parts stay for the next try
+        with reserved(output_prefix):
+            _open_folder(job, units, tokenizer)
+            try:
+                made = _make_parts(job, bundles, workers or _cpus(), tokenizer, tokenizer_path, max_malformed_ratio)
+                result = _publish(job, units, made, tokenizer, output_prefix)
+            except (parallel.WorkerDied, Busy):  # the finished parts stay for the next try
+                raise
+            except SteelError:
+                shutil.rmtree(job.folder, ignore_errors=True)
+                raise
+            shutil.rmtree(job.folder)
+    except OSError as error:  # a full disk, say: they stay here, too
         raise SteelError(f"cannot write: {error.strerror or error}", job.folder, "mend it and repeat") from None
-    shutil.rmtree(job.folder)
     return result
+
+
+def _check_arguments(
+    inputs: Sequence[PathLike], output: PathLike, validation_ratio: float, max_malformed_ratio: float
+) -> None:
+    if not inputs:
+        raise SteelError("there is no input", output, "name at least one file")
+    real = [os.path.realpath(path) for path in inputs]
+    if twice := [os.fspath(path) for path, name in zip(inputs, real, strict=True) if real.count(name) > 1]:
+        raise SteelError("an input file is given twice", ", ".join(twice), "name every file once")
+    if not 0 <= validation_ratio < 1:
+        raise SteelError(f"a validation ratio of {validation_ratio} is not in [0, 1)", output, "0.01 is usual")
+    if not 0 <= max_malformed_ratio <= 1:
+        raise SteelError(f"a ratio of {max_malformed_ratio} malformed rows is not in [0, 1]", output, "0.001 is usual")
+    if os.path.basename(output) in ("", ".", ".."):
+        raise SteelError("the output is a folder, not the beginning of file names", output, "give FOLDER/NAME")
+    validation = f"{os.fspath(output)}-validation"
+    stale = [path(validation) for path in (bin_path, idx_path, manifest.manifest_path) if path(validation).exists()]
+    if stale and not validation_ratio:
+        what = "an earlier validation set lies beside the output, and its documents would now be trained on"
+        remedy = "delete these files, give --validation-ratio, or choose another output"
+        raise SteelError(what, ", ".join(map(str, stale)), remedy)
 
 
 def _bundles(inputs: Sequence[PathLike]) -> list[list[readers.Unit]]:
@@ -173,7 +197,8 @@ class _Report:
         log.info("%d rows: %d empty and %d malformed ones skipped", self._rows, self._empty, self._malformed)
 
     def _too_many(self, what: str) -> SteelError:
-        remedy = f"mend the rows, or name the key that holds the text (--text-key; now {self._text_key!r})"
+        key = f"name the key that holds the text (--text-key; now {self._text_key!r})"
+        remedy = f"mend the rows, {key}, or allow more (--max-malformed-ratio; now {self._limit})"
         return SteelError(what, ", ".join(self._named), remedy)
 
 

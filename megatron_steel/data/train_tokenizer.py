@@ -27,6 +27,7 @@ _SPACE = "\u2581"
 _SAMPLE_BYTES = 128 << 20  # text for the trainer: more changes little and takes memory (about ten times as much)
 _APART = "\n|" + "|".join(map(re.escape, (UNKNOWN, PAD, EOS, START)))  # control tokens must not become pieces
 _LINE_CHARACTERS = 1000  # the trainer skips long lines; Chinese ones are long
+_FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}  # all that is written, or replaced
 _NORMAL = 1  # a piece's type in a sentencepiece model
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -52,25 +53,47 @@ def train_tokenizer(
 
     Raises:
         SteelError: an input cannot be read or holds no text, the vocabulary is too large for the text (naming the
-            largest possible) or too small, or `output_dir` holds something other than a tokenizer.
+            largest possible) or too small, or `output_dir` holds anything that is not written here.
     """
-    output = Path(output_dir)
-    if output.exists() and not (output / "tokenizer.json").is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise SteelError("the output exists and is no tokenizer folder", output, "choose another folder")
+    output = Path(output_dir).resolve()
+    _check_output(output)
     started = time.monotonic()
     lines = _sample(inputs, text_key)
     model = _train(lines, vocab_size, output)
     aside = output.with_name(f"{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        _write_folder(aside, model, vocab_size)
-        _prove(aside, lines)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(aside, output)
+        _write_folder(aside / "new", model, vocab_size)
+        _prove(aside / "new", lines)
+        _check_output(output)  # the training took a while
+        _put_in_place(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     log.info("tokenizer of %d ids in %s (%.1f s)", vocab_size, output, time.monotonic() - started)
+
+
+def _check_output(output: Path) -> None:
+    """Only what a training wrote may be replaced: a model's folder holds a tokenizer.json, too."""
+    if output == Path.cwd():
+        raise SteelError("the output is the current folder", output, "choose another folder")
+    if not output.exists():
+        return
+    foreign = sorted({path.name for path in output.iterdir()} - _FILES) if output.is_dir() else ["a file"]
+    if foreign:
+        what = f"the output exists and is no tokenizer folder: it holds {', '.join(foreign[:5])}"
+        raise SteelError(what, output, "choose another folder")
+
+
+def _put_in_place(aside: Path, output: Path) -> None:
+    if not output.exists():
+        os.replace(aside / "new", output)
+        return
+    os.replace(output, aside / "old")
+    try:
+        os.replace(aside / "new", output)
+    except OSError:
+        os.replace(aside / "old", output)
+        raise
 
 
 def _sample(inputs: Sequence[str | os.PathLike[str]], text_key: str) -> list[str]:
@@ -79,7 +102,7 @@ def _sample(inputs: Sequence[str | os.PathLike[str]], text_key: str) -> list[str
     total = sum(unit.size for unit in units)
     lines: list[str] = []
     for unit in units:
-        left = _SAMPLE_BYTES * unit.size / total
+        left = _SAMPLE_BYTES * unit.size / max(1, total)
         for text in _texts(unit, text_key):
             for line in re.split(_APART, text):
                 lines += [line[i : i + _LINE_CHARACTERS] for i in range(0, len(line), _LINE_CHARACTERS)]
@@ -103,13 +126,13 @@ def _train(lines: list[str], vocab_size: int, output: Path) -> bytes:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            character_coverage=0.9995, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+            character_coverage=0.9995, required_chars=_SPACE, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             unk_id=0, pad_id=1, eos_id=2, bos_id=-1, unk_piece=UNKNOWN, pad_piece=PAD, eos_piece=EOS,
             control_symbols=[START], max_sentence_length=4 * _LINE_CHARACTERS + 1,
             num_threads=os.cpu_count() or 1, minloglevel=2,
         )  # fmt: skip
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise _too_large_or_small(str(error), vocab_size, output) from None
     return model.getvalue()
 

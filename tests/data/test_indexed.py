@@ -1,15 +1,20 @@
 """The reader against plain lists, every broken file against its message, and merge against one writer."""
 
+import dataclasses
+import fcntl
 import os
 import pickle
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_steel.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from megatron_steel.data import manifest
+from megatron_steel.data.indexed import Busy, Facts, IndexedDataset, IndexedWriter, best_dtype, reserved
 from megatron_steel.data.manifest import load, trust, verify
 from megatron_steel.data.merge import concatenate, merge
 from megatron_steel.errors import SteelError
@@ -195,6 +200,67 @@ def test_nothing_to_write_is_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+WRITES = """
+import sys
+from megatron_steel.data.indexed import IndexedWriter
+with IndexedWriter(sys.argv[1], "u2") as writer:
+    writer.add_document([1, 2, 3])
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path):
+    command = [sys.executable, "-c", WRITES, str(tmp_path / "d")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        with pytest.raises(Busy, match="another process is writing"):
+            write(tmp_path / "d", [[9] * 5000])
+        process.communicate()
+    assert process.returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.bin", "d.idx"]
+    with IndexedDataset(tmp_path / "d") as data:
+        assert data.document(0).tolist() == [1, 2, 3]
+    write(tmp_path / "d", [[9]])  # the lock has gone with its file
+
+
+def test_a_lock_on_a_file_that_was_taken_away_is_no_lock(tmp_path, monkeypatch):
+    lock, flock = tmp_path / "d.lock", fcntl.flock
+    gone = []
+
+    def too_late(file, how):
+        if not gone:  # its holder ends between the open and the lock
+            gone.append(lock.unlink())
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with reserved(tmp_path / "d"):
+        assert lock.exists()
+        with pytest.raises(Busy), reserved(tmp_path / "d"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reserved_output_is_not_merged_into(tmp_path):
+    write(tmp_path / "a", CORPUS)
+    with reserved(tmp_path / "all"), pytest.raises(Busy, match="another process is writing"):
+        merge([tmp_path / "a"], tmp_path / "all")
+    assert not list(tmp_path.glob("all*"))
+
+
+def test_a_copy_with_other_times_keeps_its_tokenizer_in_a_merge(tmp_path):
+    for name, fingerprint in (("a", "x"), ("b", "x"), ("c", "y")):
+        facts = trust(write(tmp_path / name, CORPUS))
+        facts = Facts(**{field.name: getattr(facts, field.name) for field in dataclasses.fields(Facts)})
+        manifest.write(tmp_path / name, facts, {"fingerprint": fingerprint}, [{"name": f"{name}.jsonl"}])
+        os.utime(tmp_path / f"{name}.bin", ns=(1, 1))
+    with pytest.raises(SteelError, match="made with different tokenizers"):
+        merge([tmp_path / "a", tmp_path / "c"], tmp_path / "all")
+    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all")
+    assert merged.tokenizer == {"fingerprint": "x"}
+    assert [entry["name"] for entry in merged.provenance] == ["a.jsonl", "b.jsonl"]
+
+
 def test_merge_equals_one_writer(tmp_path):
     pieces = [CORPUS, [[300]], [[], [1, 1], []]]
     parts = [write(tmp_path / f"p{i}", documents) for i, documents in enumerate(pieces)]
@@ -219,6 +285,8 @@ def test_merge_refuses_to_write_over_its_input(tmp_path):
         merge([tmp_path / "a"], tmp_path / "x" / ".." / "a")
     with pytest.raises(SteelError, match="nothing to merge"):
         merge([], tmp_path / "b")
+    with pytest.raises(SteelError, match="the output is a folder"):
+        merge([tmp_path / "a"], f"{tmp_path}/")
     assert content(tmp_path / "a") == before
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,12 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from megatron_steel import cli
 from megatron_steel.data import parts, readers
 from megatron_steel.data import tokenize as room
-from megatron_steel.data.indexed import IndexedDataset
+from megatron_steel.data.indexed import Busy, IndexedDataset
 from megatron_steel.data.manifest import load, trust, verify
+from megatron_steel.data.parallel import WorkerDied
 from megatron_steel.data.tokenize import tokenize
 from megatron_steel.errors import SteelError
 
@@ -215,7 +218,39 @@ def test_bad_arguments(tmp_path, tiny_tokenizer):
             tokenize(inputs, tiny_tokenizer, tmp_path / "out", validation_ratio=ratio)
     with pytest.raises(SteelError, match="validation ratio of 1"):
         tokenize(["x.jsonl"], tiny_tokenizer, tmp_path / "out", validation_ratio=1)
+    with pytest.raises(SteelError, match="ratio of nan malformed rows"):
+        tokenize(["x.jsonl"], tiny_tokenizer, tmp_path / "out", max_malformed_ratio=float("nan"))
+    for folder in (f"{tmp_path}/", ".", f"{tmp_path}/.."):
+        with pytest.raises(SteelError, match="the output is a folder"):
+            tokenize(["x.jsonl"], tiny_tokenizer, folder)
+    with pytest.raises(SteelError, match="given twice") as caught:
+        tokenize(["x.jsonl", "y.jsonl", "./x.jsonl"], tiny_tokenizer, tmp_path / "out")
+    assert caught.value.where == "x.jsonl, ./x.jsonl"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_says_how_many_rows_may_be_malformed(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines(["w3"]) + b"oops\n")
+    command = ["tokenize", str(tmp_path / "a.jsonl"), "--tokenizer", str(tiny_tokenizer), "--workers", "1"]
+    command += ["--output", str(tmp_path / "out")]
+    assert cli.main([*command, "--max-malformed-ratio", "0.4"]) == 78
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert cli.main([*command, "--max-malformed-ratio", "0.5"]) == 0
+    assert documents(tmp_path / "out") == [[3, EOS]]
+
+
+def test_a_validation_set_whose_documents_would_be_trained_on_is_refused(tmp_path, tiny_tokenizer):
+    source = many(tmp_path / "a.jsonl", 100)
+    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, validation_ratio=0.5)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SteelError, match="an earlier validation set") as caught:
+        tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
+    stale = sorted(tmp_path.glob("out-validation.*"))
+    assert sorted(caught.value.where.split(", ")) == [str(path) for path in stale]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for path in stale:
+        path.unlink()
+    assert tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1).documents == 100
 
 
 def test_a_bad_file_fails_the_workers_too(tmp_path, tiny_tokenizer, small_units):
@@ -257,6 +292,69 @@ def test_finished_parts_are_used_again_and_only_for_the_same_job(tmp_path, tiny_
     assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
+CHANGES = ("tokenizer", "ratio", "key", "file")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_of_another_job_are_not_used(tmp_path, tiny_tokenizer, small_units, monkeypatch, change):
+    source, whole = tmp_path / "a.jsonl", parts.make
+    rows = [{"text": f"w{3 + i % 7} w9 w{3 + i % 100}", "body": f"w{4 + i % 7} w{3 + i % 100}"} for i in range(3000)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"tokenizer_path": tiny_tokenizer, "text_key": "text", "validation_ratio": 0.5, "workers": 1}
+
+    def stops(item, tokenizer):
+        if item[0] == 6:
+            raise KeyboardInterrupt
+        return whole(item, tokenizer)
+
+    monkeypatch.setattr(parts, "make", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize([source], output_prefix=tmp_path / "out", **settings)
+    assert len(list((tmp_path / "out.parts").glob("*.json"))) == 6
+    monkeypatch.setattr(parts, "make", whole)
+    if change == "tokenizer":
+        shutil.copytree(tiny_tokenizer, tmp_path / "other")
+        tree = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+        words = tree["model"]["vocab"]
+        words["w3"], words["w4"] = words["w4"], words["w3"]
+        (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tree))
+        settings["tokenizer_path"] = tmp_path / "other"
+    elif change == "ratio":
+        settings["validation_ratio"] = 0.25
+    elif change == "key":
+        settings["text_key"] = "body"
+    else:  # as many bytes as before
+        changed_at = source.stat().st_mtime_ns + 10**9
+        source.write_bytes(source.read_bytes().replace(b" w9 ", b" w8 "))
+        os.utime(source, ns=(changed_at, changed_at))
+    tokenize([source], output_prefix=tmp_path / "out", **settings)
+    tokenize([source], output_prefix=tmp_path / "straight", **settings)
+    for suffix in ("", "-validation"):
+        assert content(tmp_path / f"out{suffix}") == content(tmp_path / f"straight{suffix}")
+
+
+def dies(item, tokenizer):
+    if item[0] == 4:
+        os._exit(9)
+    return parts.make(item, tokenizer)
+
+
+def test_a_worker_that_dies_costs_no_finished_part(tmp_path, tiny_tokenizer, small_units, monkeypatch):
+    source, made, whole = many(tmp_path / "a.jsonl"), [], parts.make
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "make", dies)
+        with pytest.raises(WorkerDied, match="a worker process died"):
+            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=2)
+    kept = {int(path.stem) for path in (tmp_path / "out.parts").glob("*.json")}
+    assert len(kept) >= 3  # of 0 to 3: the other worker may have been at work on one
+    monkeypatch.setattr(parts, "make", lambda item, tokenizer: made.append(item[0]) or whole(item, tokenizer))
+    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert set(made) == set(range(len(room._bundles([source])))) - kept
+    monkeypatch.undo()
+    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
 KILLED = """
 import sys
 from megatron_steel.data import parts, tokenize
@@ -284,6 +382,27 @@ def test_a_kill_leaves_no_output_and_no_worker(tmp_path, tiny_tokenizer, how):
     tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
     assert IndexedDataset(tmp_path / "out").documents == 60_000
     assert not (tmp_path / "out.parts").exists()
+
+
+def test_the_same_command_twice_at_once(tmp_path, tiny_tokenizer):
+    source = many(tmp_path / "a.jsonl", 20_000)
+    (tmp_path / "job.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "job.py"), str(source), str(tiny_tokenizer), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: list((tmp_path / "out.parts").glob("*.json")), 60)
+        process.send_signal(signal.SIGSTOP)  # it cannot end before the second has tried
+        with pytest.raises(Busy, match="another process is writing") as caught:
+            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
+        assert caught.value.where == f"{tmp_path}/out.lock"
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.manifest.json"}
+    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
 def wait_for(condition, seconds):

@@ -1,7 +1,9 @@
 """Trained folders against sentencepiece itself; loading; every refusal."""
 
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import megatron_steel
+from megatron_steel import cli
 from megatron_steel.data import tokenizer as room
 from megatron_steel.data.tokenizer import PROBES, load_tokenizer
 from megatron_steel.data.train_tokenizer import train_tokenizer
@@ -141,6 +145,58 @@ def test_no_text_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(SteelError, match="is no tokenizer folder"):
         train_tokenizer([corpus(tmp_path / "c.jsonl")], tmp_path / "mine", SIZE)
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_only_what_a_training_wrote_is_replaced(tmp_path, trained):
+    source = corpus(tmp_path / "c.jsonl")
+    shutil.copytree(trained, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(SteelError, match=r"is no tokenizer folder: it holds model\.safetensors"):
+        train_tokenizer([source], tmp_path / "model", SIZE)
+    assert len(list((tmp_path / "model").iterdir())) == 4
+    (tmp_path / "model" / "model.safetensors").unlink()
+    train_tokenizer([source], tmp_path / "model", SIZE + 1)
+    assert load_tokenizer(tmp_path / "model").vocab_size == SIZE + 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "model"]
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, trained, monkeypatch):
+    shutil.copytree(trained, tmp_path / "t")
+    replace = os.replace
+
+    def full(source, target):
+        if source.name == "new":
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no"):
+        train_tokenizer([corpus(tmp_path / "c.jsonl")], tmp_path / "t", SIZE + 1)
+    assert load_tokenizer(tmp_path / "t").vocab_size == SIZE
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "t"]
+
+
+def test_text_almost_without_spaces(tmp_path):
+    source = Path(megatron_steel.__file__).parent / "samples" / "encyclopedia_zh.jsonl"
+    train_tokenizer([source], tmp_path / "t", 3000)
+    assert load_tokenizer(tmp_path / "t").vocab_size == 3000
+
+
+@pytest.mark.parametrize("case", ["empty text", "this folder", "a vocabulary of a trillion", "a vocabulary of none"])
+def test_bad_commands_exit_with_78(tmp_path, monkeypatch, case):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    source, output, size = corpus(tmp_path / "c.jsonl"), "../t", SIZE
+    if case == "empty text":
+        source = tmp_path / "e.txt"
+        source.touch()
+    elif case == "this folder":
+        output = "."
+    else:
+        size = 10**12 if case.endswith("trillion") else 0
+    assert cli.main(["train-tokenizer", str(source), "--output", output, "--vocab-size", str(size)]) == 78
+    assert not (tmp_path / "t").exists()
+    assert (tmp_path / "here").is_dir()
 
 
 def test_folder_and_model_have_one_fingerprint(trained, pair):
