@@ -1,0 +1,493 @@
+"""Steel's feed-forward layers: dense MLPs, the three published mixtures, and two causal ones. Travels with every export.
+
+Expert weights are stacked inside the forward and multiplied in one batched product; every parameter keeps its
+published name. The published slots (v2, v3) gather the whole sequence; the causal ones gather only what lies before:
+
+- prefix:  at token t slot j holds the softmax mean of tokens 0..t.        No token has an MLP of its own.
+- lagged:  in segment k slot j holds the softmax mean of segment k - 1 (learned vectors where there is none), beside a
+           shared MLP that reads the token itself.
+
+Imports nothing but torch, transformers and its own configuration; knows no attention, ranks or optimizer.
+
+Shapes: B batch, T tokens, h hidden, i inner, n experts, p slots of an expert, s = n p slots, K chunks of c tokens,
+G segments, M rows. Sums of slots are fp32 whatever the model is.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import CacheLayerMixin
+
+from .configuration_steel import SteelConfig
+
+CHUNK = 64  # tokens of a prefix product: larger needs fewer running sums and more products
+BLOCK = (
+    2048  # tokens that pass a causal mixture at once; longer sequences compute each block again in the backward pass
+)
+# Logits lie within +-40: e^40 times a million tokens fits into fp32 with no running maximum, and so does e^-40.
+_BOUND = 40.0
+_TINY = 1e-30  # far below any sum of weights, so that only an empty slot divides by it
+
+
+class SteelMLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    first, second = ("gate_proj", "up_proj"), ("down_proj",)
+
+    def __init__(self, config: SteelConfig, inner_size: int | None = None):
+        super().__init__()
+        inner = config.inner_size if inner_size is None else inner_size
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SteelSENet(nn.Module):
+    """Two SwiGLUs: z = silu(gate_up x) * up x, then silu(gate_down z) * down z. (No squeeze-excitation, despite the name.)"""
+
+    first, second = ("gate_up_proj", "up_proj"), ("gate_down_proj", "down_proj")
+
+    def __init__(self, config: SteelConfig, inner_size: int | None = None):
+        super().__init__()
+        inner = config.inner_size if inner_size is None else inner_size
+        self.gate_up_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.gate_down_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = F.silu(self.gate_up_proj(x)) * self.up_proj(x)
+        return F.silu(self.gate_down_proj(z)) * self.down_proj(z)
+
+
+_MLP = {"raw": SteelMLP, "senet": SteelSENet}
+
+
+# ---- experts as batched products
+
+
+class _Stacked(torch.autograd.Function):
+    """Products of x with the stacked weights of all experts. It keeps the parameters for the backward pass and stacks
+    them again there: the copy lives for one product, and ZeRO-3 may let go of the weights in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, n: int, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.n = n
+        ctx.save_for_backward(x, *weights)
+        w_noi = _stack(weights, n, x.dtype)
+        if x.dim() == 3:
+            return torch.bmm(x, w_noi.transpose(1, 2))
+        return F.linear(x, w_noi.flatten(0, 1)).view(len(x), n, -1).transpose(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        w_noi, grad_nMo = _stack(weights, ctx.n, x.dtype), grads[0].to(x.dtype)
+        if x.dim() == 3:
+            grad_x = torch.bmm(grad_nMo, w_noi)
+            grad_w = torch.bmm(grad_nMo.transpose(1, 2), x)
+        else:
+            grad_Mo = grad_nMo.transpose(0, 1).flatten(1)
+            grad_x = grad_Mo @ w_noi.flatten(0, 1)
+            grad_w = grad_Mo.T @ x
+        pieces = grad_w.view(len(weights), *weights[0].shape).to(weights[0].dtype)
+        return grad_x, None, *pieces.unbind()
+
+
+def _stack(weights: Any, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """[o, i] each, those of one expert next to each other -> [n, o of all, i]."""
+    return torch.stack([weight.to(dtype) for weight in weights]).view(n, -1, weights[0].shape[1])
+
+
+def _linears(experts: nn.ModuleList, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+    """x [n, M, i], or [M, i] for all experts -> [n, M, outputs of all names side by side], in the dtype of x."""
+    weights = [expert.get_submodule(name).weight for expert in experts for name in names]
+    with torch.autocast(x.device.type, enabled=False):
+        return _Stacked.apply(x, len(experts), *weights)
+
+
+def _glu(pair: torch.Tensor) -> torch.Tensor:
+    gate, value = pair.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def _outputs(experts: nn.ModuleList, pair_nMi: torch.Tensor) -> torch.Tensor:
+    """From the first products (gate and value side by side) to the outputs [n, M, h] of all experts."""
+    out = _linears(experts, experts[0].second, _glu(pair_nMi))
+    return _glu(out) if len(experts[0].second) == 2 else out
+
+
+def run_experts(experts: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    """x [n, M, h] (own rows for each expert) or [M, h] (the same for all) -> [n, M, h]."""
+    return _outputs(experts, _linears(experts, experts[0].first, x))
+
+
+def _experts(config: SteelConfig) -> nn.ModuleList:
+    return nn.ModuleList([_MLP[config.mlp_type](config) for _ in range(config.n_experts)])
+
+
+def _as_autocast_wants(x: torch.Tensor) -> torch.Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+# ---- the published mixtures
+
+
+class SteelSoftMoEV1(nn.Module):
+    """Every token passes every expert; outputs are mixed by softmax(W x + b). Causal."""
+
+    def __init__(self, config: SteelConfig):
+        super().__init__()
+        self.experts = _experts(config)
+        self.gating = nn.Linear(config.hidden_size, config.n_experts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = _as_autocast_wants(x)
+        weights_Mn = torch.softmax(self.gating(x).flatten(0, -2), dim=-1, dtype=torch.float32).to(x.dtype)
+        parts_nMh = run_experts(self.experts, x.flatten(0, -2)) * weights_Mn.T[..., None]
+        return parts_nMh.sum(0).view(x.shape)
+
+
+class SteelSoftMoEV2(nn.Module):
+    """Slots gather the sequence with softmax over slots, tokens read them with softmax over the sequence.
+
+    NOT causal. The two axes are swapped against the Soft MoE paper (2308.00951); kept, because weights were trained so.
+    """
+
+    def __init__(self, config: SteelConfig):
+        super().__init__()
+        self.slots = config.slots_per_expert
+        self.experts = _experts(config)
+        self.score = nn.Parameter(torch.randn(config.hidden_size, config.n_experts * config.slots_per_expert))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits_BTs = x @ self.score
+        dispatch = torch.softmax(logits_BTs, dim=-1, dtype=torch.float32).to(x.dtype)
+        combine = torch.softmax(logits_BTs, dim=1, dtype=torch.float32).to(x.dtype)
+        return combine @ _pass_slots(self.experts, dispatch.transpose(1, 2) @ x).to(combine.dtype)
+
+
+class SteelSoftMoEV3(nn.Module):
+    """Soft MoE with normalised logits: dispatch is a softmax over the sequence, combine over all slots.
+
+    NOT causal. Unlike the paper, experts read the normalised x: its magnitude is lost; kept, because weights were trained so.
+    """
+
+    def __init__(self, config: SteelConfig):
+        super().__init__()
+        shape = (config.hidden_size, config.n_experts, config.slots_per_expert)
+        self.phi = nn.Parameter(torch.randn(shape) / config.hidden_size**0.5)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.experts = _experts(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.normalize(x, dim=2)
+        phi = self.scale * F.normalize(self.phi, dim=0)
+        logits_BTs = x @ phi.flatten(1)
+        dispatch = torch.softmax(logits_BTs, dim=1, dtype=torch.float32).to(logits_BTs.dtype)
+        combine = torch.softmax(logits_BTs, dim=-1, dtype=torch.float32).to(logits_BTs.dtype)
+        return combine @ _pass_slots(self.experts, dispatch.transpose(1, 2) @ x).to(combine.dtype)
+
+
+def _pass_slots(experts: nn.ModuleList, slots_Bsh: torch.Tensor) -> torch.Tensor:
+    """Each expert maps its own p consecutive slots. [B, s, h] -> [B, s, h]."""
+    B, s, h = slots_Bsh.shape
+    rows_nMh = slots_Bsh.view(B, len(experts), -1, h).transpose(0, 1).reshape(len(experts), -1, h)
+    return run_experts(experts, rows_nMh).view(len(experts), B, -1, h).transpose(0, 1).reshape(B, s, h)
+
+
+# ---- the causal mixtures
+
+
+class Places(NamedTuple):
+    """Where the tokens of one call lie; found once a call, read by every layer."""
+
+    valid_BT: torch.Tensor
+    """bool: no padding."""
+    document_BT: torch.Tensor
+    """int64: 0 continues the text that the cache has read; each document that begins in this call counts one up."""
+    place_BT: torch.Tensor
+    """int64: tokens, padding not counted, that precede it in its document."""
+    documents: int
+    """The most documents that begin in one block: a bound on what a block must hold."""
+
+    def block(self, begin: int, before_B1: torch.Tensor) -> "Places":
+        """Those of one block; its document 0 is number `before_B1`, in which the block before it ended."""
+        valid, document, place = (part[:, begin : begin + BLOCK] for part in self[:3])
+        return Places(valid, document - before_B1, place, self.documents)
+
+
+def locate(
+    x: torch.Tensor, mask_BT: torch.Tensor | None, position_ids: torch.Tensor | None, read_B: torch.Tensor | None
+) -> Places:
+    """Places of the tokens x [B, T, h].
+
+    Args:
+        mask_BT: 0 for padding.
+        position_ids: [B or 1, T]; a document begins where they are 0. None: these tokens continue one text.
+        read_B: int64, tokens that the cache has read of the documents that continue here.
+    """
+    B, T = x.shape[:2]
+    valid = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask_BT is None else mask_BT.bool()
+    begins = torch.zeros_like(valid) if position_ids is None else (position_ids == 0) & valid
+    document = begins.cumsum(1)
+    count = valid.cumsum(1)
+    before = (count - valid.long()).where(begins, 0).cummax(1).values  # tokens of earlier documents
+    continued = torch.zeros_like(before[:, 0]) if read_B is None else -read_B
+    place = count - 1 - before.where(document > 0, continued[:, None])
+    documents = 1 if position_ids is None or T == 1 else int(max(part.sum(1).max() for part in begins.split(BLOCK, 1)))
+    return Places(valid, document, place, documents)
+
+
+class SlotState(CacheLayerMixin):
+    """The running sums of one layer, as one more layer of the library's cache: beams reorder it with the others."""
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_B: torch.Tensor | None = None
+        self.tensors: tuple[torch.Tensor, ...] | None = None
+
+    def store(self, read_B: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> None:
+        self.read_B, self.tensors = read_B, tensors
+
+    def _each(self, change: Any) -> None:
+        if self.tensors is not None and self.read_B is not None:
+            self.store(change(self.read_B), tuple(change(tensor) for tensor in self.tensors))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._each(lambda tensor: tensor[indices])
+
+    def crop(self, *_: Any) -> None:
+        raise ValueError("softmoe_causal: slots cannot forget their last tokens; generate without an assistant")
+
+    def reset(self) -> None:
+        self.read_B = self.tensors = None
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 4
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        return 0, 0
+
+    def lazy_initialization(self, *_: Any, **__: Any) -> None:
+        """Nothing to allocate: keys and values stay None."""
+
+    def offload(self) -> None:
+        """Small: it stays where it is."""
+
+    def prefetch(self) -> None:
+        """See `offload`."""
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("slots have no keys and values")
+
+
+class _CausalMixture(nn.Module):
+    """What both causal mixtures share: routing, slots of equal magnitude, and one pass over blocks of tokens."""
+
+    def __init__(self, config: SteelConfig):
+        super().__init__()
+        shape = (config.hidden_size, config.n_experts, config.slots_per_expert)
+        self.phi = nn.Parameter(torch.randn(shape) / config.hidden_size**0.5)
+        self.scale = nn.Parameter(torch.full((1,), config.hidden_size**0.5))
+        self.experts = _experts(config)
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: torch.Tensor, places: Places | None = None, state: SlotState | None = None) -> torch.Tensor:
+        """[B, T, h] -> [B, T, h]. `state` is read and then holds what later tokens need."""
+        x, given = _as_autocast_wants(x), x.dtype
+        places = locate(x, None, None, None) if places is None else places
+        tensors = self._empty(x) if state is None or state.tensors is None else state.tensors
+        again = torch.is_grad_enabled() and x.shape[1] > BLOCK
+        pieces, document = [], torch.zeros_like(places.document_BT[:, :1])
+        for begin in range(0, x.shape[1], BLOCK):
+            here, piece = places.block(begin, document), x[:, begin : begin + BLOCK]
+            document = document + here.document_BT[:, -1:]
+            if again:
+                y, tensors = checkpoint(self._block, piece, here, tensors, use_reentrant=False)
+            else:
+                y, tensors = self._block(piece, here, tensors)
+            pieces.append(y)
+        if state is not None:
+            state.store(places.place_BT[:, -1] + 1, tensors)
+        return torch.cat(pieces, dim=1).to(given) if len(pieces) > 1 else pieces[0].to(given)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, t, h] -> [B, t, s] in fp32, within +-_BOUND."""
+        phi = F.normalize(self.phi.float(), dim=0).flatten(1)
+        scale = _BOUND * torch.tanh(self.scale.float() / _BOUND)
+        return F.normalize(x.float(), dim=-1) @ (scale * phi)
+
+    def _empty(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
+
+    def _block(self, x: torch.Tensor, places: Places, tensors: tuple[torch.Tensor, ...]) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return self._mix(x, self._logits(x), places, *tensors)
+
+    def _mix(self, x: torch.Tensor, logits_Bts: torch.Tensor, places: Places, *tensors: torch.Tensor) -> Any:
+        raise NotImplementedError
+
+
+class SteelPrefixMixture(_CausalMixture):
+    """y_t = sum_j C_tj f_j(slot_tj), slot_tj the softmax mean of x_0 .. x_t by the logits of slot j, brought to RMS 1.
+
+    (A plain mean of t unlike tokens shrinks as 1/sqrt(t), and a senet expert is of degree four: late tokens would
+    have no FFN.) The same tensors as v3. A slot is never formed: an expert's first product is linear, so it is taken
+    of the tokens, and the means are taken of its results.
+    """
+
+    def _empty(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h, n, p = self.phi.shape
+        return x.new_zeros(len(x), n * p, h, dtype=torch.float32), x.new_zeros(len(x), n * p, dtype=torch.float32)
+
+    def _mix(self, x, logits_Bts, places, *tensors):  # type: ignore[override]
+        (B, t, h), (_, n, p) = x.shape, self.phi.shape
+        c = min(CHUNK, t)
+        K = -(-t // c)
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            """[B, t, ...] -> [B, K, c, ...], filled up with zeros."""
+            filled = F.pad(tensor, (0,) * (2 * tensor.dim() - 3) + (K * c - t,))
+            return filled.view(B, K, c, *tensor.shape[2:])
+
+        x_BKch, weight_BKcs = cut(x), cut(logits_Bts.exp() * places.valid_BT[..., None])
+        last = places.document_BT[:, -1:]
+        document_BKc = cut(places.document_BT - last) + last[..., None]  # the fill belongs to the last document
+        shares, carry_BKsh, tensors = _prefix_shares(x_BKch, weight_BKcs, document_BKc, *tensors)
+        # Two kinds of rows: the tokens of the chunk, and for each slot the mean of all before the chunk.
+        rows_BKrh = torch.cat((x_BKch, carry_BKsh.to(x.dtype)), dim=2)
+        wide = rows_BKrh.float()
+        gram_BKrr = wide @ wide.transpose(2, 3) / h
+        square_BKsc = ((shares.flatten(2, 3) @ gram_BKrr).view(shares.shape) * shares).sum(-1)
+        shares = (shares * torch.rsqrt(square_BKsc.clamp_min(0) + self.eps)[..., None]).to(x.dtype)
+        pair = _linears(self.experts, self.experts[0].first, rows_BKrh.flatten(0, 2))
+        shares_n = shares.view(B * K, n, p * c, -1).transpose(0, 1).flatten(0, 1)
+        pair = torch.bmm(shares_n, pair.reshape(n * B * K, c + n * p, -1)).view(n, B * K * p * c, -1)
+        outputs = _outputs(self.experts, pair).view(n, B, K, p, c, h)
+        combine_BKcs = torch.softmax(cut(logits_Bts), dim=-1).to(x.dtype)
+        combine = combine_BKcs.view(B, K, c, n, p).permute(3, 0, 1, 4, 2)[..., None]
+        return (outputs * combine).sum((0, 3)).view(B, K * c, h)[:, :t], tensors
+
+
+def _prefix_shares(x_BKch, weight_BKcs, document_BKc, sum_Bsh, weight_Bs):
+    """What each row adds to each slot at each token.
+
+    Args:
+        sum_Bsh, weight_Bs: of the tokens before this block, weighted, and of their weights; document 0.
+
+    Returns:
+        shares [B, K, s, c, c + s], fp32: of the tokens of the chunk, then of the carried means (0 but for the own slot).
+        carry [B, K, s, h]: means of what lies before each chunk, of the document in which the chunk begins.
+        the two sums after the block, of the document in which it ends.
+    """
+    K, c, s = weight_BKcs.shape[1:]
+    ends_BK = document_BKc[:, :, -1]
+    prior = torch.cat((torch.zeros_like(ends_BK[:, :1]), ends_BK), dim=1)
+    tail = weight_BKcs * (document_BKc == ends_BK[..., None])[..., None]
+    sums = torch.cat((sum_Bsh[:, None], tail.transpose(2, 3) @ x_BKch.float()), dim=1)
+    weights = torch.cat((weight_Bs[:, None], tail.sum(2)), dim=1)
+    reach = (prior[:, :, None] == prior[:, None]).tril().float()
+    sums, weights = (reach @ sums.flatten(2)).view(sums.shape), reach @ weights
+    carry = sums[:, :K] / weights[:, :K, :, None].clamp_min(_TINY)
+    seen = (document_BKc[..., None] == document_BKc[:, :, None]).tril()
+    own = weight_BKcs.transpose(2, 3)[:, :, :, None] * seen[:, :, None]
+    past = weights[:, :K, :, None] * (document_BKc == prior[:, :K, None])[:, :, None]
+    each = past[..., None] * torch.eye(s, device=past.device)[:, None]
+    total = (own.sum(-1) + past).clamp_min(_TINY)
+    return torch.cat((own, each), dim=-1) / total[..., None], carry, (sums[:, K], weights[:, K])
+
+
+class SteelLaggedMixture(_CausalMixture):
+    """y_t = shared(x_t) + sum_j C_tj f_j(slot_j of the segment before t's), slots brought to RMS 1.
+
+    Segments of `segment_length` tokens are counted in each document. In its first one the slots are learned vectors.
+    The shared MLP is `intermediate_size` wide, an expert `intermediate_size // mlp_div_ratio`.
+    """
+
+    def __init__(self, config: SteelConfig):
+        super().__init__(config)
+        self.segment = config.segment_length
+        self.first_slots = nn.Parameter(torch.randn(config.n_experts * config.slots_per_expert, config.hidden_size))
+        self.shared = _MLP[config.mlp_type](config, config.intermediate_size)
+
+    def _empty(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        s, h = self.first_slots.shape
+        sums = x.new_zeros(len(x), s, h, dtype=torch.float32)
+        return sums, sums[..., 0], sums
+
+    def _mix(self, x, logits_Bts, places, *tensors):  # type: ignore[override]
+        sum_Bsh, weight_Bs, readable_Bsh = tensors  # of the segment under way; what its tokens read
+        starts = (places.place_BT % self.segment == 0) & places.valid_BT
+        segment_Bt = starts.cumsum(1)  # 0: the one under way
+        G = 1 + min(x.shape[1], x.shape[1] // self.segment + 1 + places.documents)
+        member_BGt = segment_Bt[:, None] == torch.arange(G, device=x.device)[:, None]
+        opens_BG = (member_BGt & (starts & (places.place_BT == 0))[:, None]).any(-1)
+        weight_Bts = logits_Bts.exp() * places.valid_BT[..., None]
+        weight_BGst = (weight_Bts[:, None] * member_BGt[..., None]).transpose(2, 3)
+        under_way = (torch.arange(G, device=x.device) == 0).float()
+        sums = (weight_BGst.flatten(1, 2) @ x.float()).view(*weight_BGst.shape[:3], -1)
+        sums = sums + sum_Bsh[:, None] * under_way[:, None, None]
+        weights = weight_BGst.sum(-1) + weight_Bs[:, None] * under_way[:, None]
+        means = sums / weights[..., None].clamp_min(_TINY)
+        later = torch.where(opens_BG[:, 1:, None, None], self.first_slots.float(), means[:, :-1])
+        readable = torch.cat((readable_Bsh[:, None], later), dim=1)  # [B, G, s, h]
+        slots = readable * torch.rsqrt(readable.pow(2).mean(-1, keepdim=True) + self.eps)
+        outputs = _pass_slots(self.experts, slots.flatten(0, 1).to(x.dtype)).view(len(x), -1, x.shape[-1])
+        combine = torch.softmax(logits_Bts, dim=-1)[:, :, None] * member_BGt.transpose(1, 2)[..., None]
+        at_end = segment_Bt[:, -1], torch.arange(len(x), device=x.device)
+        after = tuple(tensor[at_end[1], at_end[0]] for tensor in (sums, weights, readable))
+        return self.shared(x) + combine.flatten(2).to(x.dtype) @ outputs, after
+
+
+_CAUSAL = {"prefix": SteelPrefixMixture, "lagged": SteelLaggedMixture}
+_PUBLISHED = {"softmoe_v1": SteelSoftMoEV1, "softmoe_v2": SteelSoftMoEV2, "softmoe_v3": SteelSoftMoEV3}
+MIXTURES = (*_PUBLISHED.values(), *_CAUSAL.values())
+"""Classes whose experts are read together: one unit for whoever fetches weights by module (ZeRO-3)."""
+CAUSAL_MIXTURES = tuple(_CAUSAL.values())
+
+
+def feed_forward(config: SteelConfig) -> nn.Module:
+    """The FFN of one layer."""
+    if config.FFN_type == "raw":
+        return _MLP[config.mlp_type](config)
+    if config.FFN_type == "softmoe_causal":
+        return _CAUSAL[config.causal_slots](config)
+    return _PUBLISHED[config.FFN_type](config)
+
+
+@torch.no_grad()
+def init_mixture(module: nn.Module) -> None:
+    """Initial values of a mixture's own parameters (torch.nn.init functions only: transformers 5 guards those)."""
+    if isinstance(module, SteelSoftMoEV2):
+        nn.init.normal_(module.score, std=1.0)
+    elif isinstance(module, (SteelSoftMoEV3, _CausalMixture)):
+        nn.init.normal_(module.phi, std=module.phi.shape[0] ** -0.5)
+        # Causal: logits of spread 1, so that slots differ from the start. v3 as published: all but uniform.
+        nn.init.constant_(module.scale, module.phi.shape[0] ** 0.5 if isinstance(module, _CausalMixture) else 1.0)
+        if isinstance(module, SteelLaggedMixture):
+            nn.init.normal_(module.first_slots, std=1.0)
