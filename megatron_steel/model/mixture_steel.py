@@ -107,7 +107,7 @@ def _stack(weights: Any, n: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([weight.to(dtype) for weight in weights]).view(n, -1, weights[0].shape[1])
 
 
-def _linears(experts: nn.ModuleList, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+def _linears(experts: Any, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
     """x [n, M, i], or [M, i] for all experts -> [n, M, outputs of all names side by side], in the dtype of x."""
     weights = [expert.get_submodule(name).weight for expert in experts for name in names]
     with torch.autocast(x.device.type, enabled=False):
@@ -119,13 +119,13 @@ def _glu(pair: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * value
 
 
-def _outputs(experts: nn.ModuleList, pair_nMi: torch.Tensor) -> torch.Tensor:
+def _outputs(experts: Any, pair_nMi: torch.Tensor) -> torch.Tensor:
     """From the first products (gate and value side by side) to the outputs [n, M, h] of all experts."""
     out = _linears(experts, experts[0].second, _glu(pair_nMi))
     return _glu(out) if len(experts[0].second) == 2 else out
 
 
-def run_experts(experts: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+def run_experts(experts: Any, x: torch.Tensor) -> torch.Tensor:
     """x [n, M, h] (own rows for each expert) or [M, h] (the same for all) -> [n, M, h]."""
     return _outputs(experts, _linears(experts, experts[0].first, x))
 
@@ -211,12 +211,12 @@ def _pass_slots(experts: nn.ModuleList, slots_Bsh: torch.Tensor) -> torch.Tensor
 class Places(NamedTuple):
     """Where the tokens of one call lie; found once a call, read by every layer."""
 
-    valid_BT: torch.Tensor
-    """bool: no padding."""
-    document_BT: torch.Tensor
-    """int64: 0 continues the text that the cache has read; each document that begins in this call counts one up."""
-    place_BT: torch.Tensor
-    """int64: tokens, padding not counted, that precede it in its document."""
+    valid: torch.Tensor
+    """[B, T] bool: no padding."""
+    document: torch.Tensor
+    """[B, T] int64: 0 continues the text that the cache has read; each document that begins in this call counts one up."""
+    place: torch.Tensor
+    """[B, T] int64: tokens, padding not counted, that precede it in its document."""
     documents: int
     """The most documents that begin in one block: a bound on what a block must hold."""
 
@@ -244,7 +244,11 @@ def locate(
     before = (count - valid.long()).where(begins, 0).cummax(1).values  # tokens of earlier documents
     continued = torch.zeros_like(before[:, 0]) if read_B is None else -read_B
     place = count - 1 - before.where(document > 0, continued[:, None])
-    documents = 1 if position_ids is None or T == 1 else int(max(part.sum(1).max() for part in begins.split(BLOCK, 1)))
+    documents = 1
+    if position_ids is None:
+        documents = 0
+    elif T > 1:  # asks the device once a call; a single token cannot hold more than one
+        documents = int(torch.stack([part.sum(1).max() for part in begins.split(BLOCK, 1)]).max())
     return Places(valid, document, place, documents)
 
 
@@ -323,17 +327,17 @@ class _CausalMixture(nn.Module):
         places = locate(x, None, None, None) if places is None else places
         tensors = self._empty(x) if state is None or state.tensors is None else state.tensors
         again = torch.is_grad_enabled() and x.shape[1] > BLOCK
-        pieces, document = [], torch.zeros_like(places.document_BT[:, :1])
+        pieces, document = [], torch.zeros_like(places.document[:, :1])
         for begin in range(0, x.shape[1], BLOCK):
             here, piece = places.block(begin, document), x[:, begin : begin + BLOCK]
-            document = document + here.document_BT[:, -1:]
+            document = document + here.document[:, -1:]
             if again:
                 y, tensors = checkpoint(self._block, piece, here, tensors, use_reentrant=False)
             else:
                 y, tensors = self._block(piece, here, tensors)
             pieces.append(y)
         if state is not None:
-            state.store(places.place_BT[:, -1] + 1, tensors)
+            state.store(places.place[:, -1] + 1, tensors)
         return torch.cat(pieces, dim=1).to(given) if len(pieces) > 1 else pieces[0].to(given)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -375,9 +379,9 @@ class SteelPrefixMixture(_CausalMixture):
             filled = F.pad(tensor, (0,) * (2 * tensor.dim() - 3) + (K * c - t,))
             return filled.view(B, K, c, *tensor.shape[2:])
 
-        x_BKch, weight_BKcs = cut(x), cut(logits_Bts.exp() * places.valid_BT[..., None])
-        last = places.document_BT[:, -1:]
-        document_BKc = cut(places.document_BT - last) + last[..., None]  # the fill belongs to the last document
+        x_BKch, weight_BKcs = cut(x), cut(logits_Bts.exp() * places.valid[..., None])
+        last = places.document[:, -1:]
+        document_BKc = cut(places.document - last) + last[..., None]  # the fill belongs to the last document
         shares, carry_BKsh, tensors = _prefix_shares(x_BKch, weight_BKcs, document_BKc, *tensors)
         # Two kinds of rows: the tokens of the chunk, and for each slot the mean of all before the chunk.
         rows_BKrh = torch.cat((x_BKch, carry_BKsh.to(x.dtype)), dim=2)
@@ -405,7 +409,7 @@ def _prefix_shares(x_BKch, weight_BKcs, document_BKc, sum_Bsh, weight_Bs):
         carry [B, K, s, h]: means of what lies before each chunk, of the document in which the chunk begins.
         the two sums after the block, of the document in which it ends.
     """
-    K, c, s = weight_BKcs.shape[1:]
+    K, _, s = weight_BKcs.shape[1:]
     ends_BK = document_BKc[:, :, -1]
     prior = torch.cat((torch.zeros_like(ends_BK[:, :1]), ends_BK), dim=1)
     tail = weight_BKcs * (document_BKc == ends_BK[..., None])[..., None]
@@ -442,12 +446,12 @@ class SteelLaggedMixture(_CausalMixture):
 
     def _mix(self, x, logits_Bts, places, *tensors):  # type: ignore[override]
         sum_Bsh, weight_Bs, readable_Bsh = tensors  # of the segment under way; what its tokens read
-        starts = (places.place_BT % self.segment == 0) & places.valid_BT
+        starts = (places.place % self.segment == 0) & places.valid
         segment_Bt = starts.cumsum(1)  # 0: the one under way
         G = 1 + min(x.shape[1], x.shape[1] // self.segment + 1 + places.documents)
         member_BGt = segment_Bt[:, None] == torch.arange(G, device=x.device)[:, None]
-        opens_BG = (member_BGt & (starts & (places.place_BT == 0))[:, None]).any(-1)
-        weight_Bts = logits_Bts.exp() * places.valid_BT[..., None]
+        opens_BG = (member_BGt & (starts & (places.place == 0))[:, None]).any(-1)
+        weight_Bts = logits_Bts.exp() * places.valid[..., None]
         weight_BGst = (weight_Bts[:, None] * member_BGt[..., None]).transpose(2, 3)
         under_way = (torch.arange(G, device=x.device) == 0).float()
         sums = (weight_BGst.flatten(1, 2) @ x.float()).view(*weight_BGst.shape[:3], -1)
@@ -457,11 +461,12 @@ class SteelLaggedMixture(_CausalMixture):
         later = torch.where(opens_BG[:, 1:, None, None], self.first_slots.float(), means[:, :-1])
         readable = torch.cat((readable_Bsh[:, None], later), dim=1)  # [B, G, s, h]
         slots = readable * torch.rsqrt(readable.pow(2).mean(-1, keepdim=True) + self.eps)
-        outputs = _pass_slots(self.experts, slots.flatten(0, 1).to(x.dtype)).view(len(x), -1, x.shape[-1])
+        outputs = _pass_slots(self.experts, slots.flatten(0, 1).to(x.dtype)).reshape(len(x), -1, x.shape[-1])
         combine = torch.softmax(logits_Bts, dim=-1)[:, :, None] * member_BGt.transpose(1, 2)[..., None]
         at_end = segment_Bt[:, -1], torch.arange(len(x), device=x.device)
         after = tuple(tensor[at_end[1], at_end[0]] for tensor in (sums, weights, readable))
-        return self.shared(x) + combine.flatten(2).to(x.dtype) @ outputs, after
+        own = run_experts([self.shared], x.flatten(0, 1)[None]).view(x.shape)
+        return own + combine.flatten(2).to(x.dtype) @ outputs, after
 
 
 _CAUSAL = {"prefix": SteelPrefixMixture, "lagged": SteelLaggedMixture}
