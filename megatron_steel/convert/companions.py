@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
-from megatron_steel.model import configuration_steel, mixture_steel, modeling_steel
+from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
 from megatron_steel.model.configuration_steel import SteelConfig
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from megatron_steel.data.tokenizer import Tokenizer
     from megatron_steel.recipe import Recipe
 
-STEEL_CODE = tuple(Path(str(module.__file__)) for module in (configuration_steel, mixture_steel, modeling_steel))
+STEEL_CODE = tuple(
+    Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)
+)
 """The files that travel with a Steel model."""
 # Weights, configuration and readme that may lie in the same folder are not the tokenizer's.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",

@@ -132,16 +132,16 @@ def _multiplied_weights(model: PreTrainedModel, sequence_length: int) -> float |
     return None if outside else total
 
 
-def _slots(config: SteelConfig) -> int:
+def _slots(config: PretrainedConfig) -> int:
     return config.n_experts * config.slots_per_expert
 
 
-def _segments(config: SteelConfig, tokens: int) -> int:
+def _segments(config: PretrainedConfig, tokens: int) -> int:
     """Segments that a block of `tokens` makes room for (see SteelLaggedMixture)."""
     return 1 + min(tokens, tokens // config.segment_length + 1)
 
 
-def _slot_rows_per_token(config: SteelConfig, sequence_length: int) -> float:
+def _slot_rows_per_token(config: PretrainedConfig, sequence_length: int) -> float:
     """Vectors that an expert maps for each token: p for each sequence (published), segment or token."""
     if config.FFN_type != "softmoe_causal":
         return config.slots_per_expert / sequence_length
@@ -151,7 +151,7 @@ def _slot_rows_per_token(config: SteelConfig, sequence_length: int) -> float:
     return config.slots_per_expert * _segments(config, block) / block
 
 
-def _slot_products_per_token(config: SteelConfig, sequence_length: int) -> float:
+def _slot_products_per_token(config: PretrainedConfig, sequence_length: int) -> float:
     """Multiply-adds for each token and layer that route, gather and hand out, without the experts."""
     s, h = _slots(config), config.hidden_size
     if config.FFN_type != "softmoe_causal":

@@ -1,16 +1,14 @@
-"""Steel's feed-forward layers: dense MLPs, the three published mixtures, and two causal ones. Travels with every export.
-
-Expert weights are stacked inside the forward and multiplied in one batched product; every parameter keeps its
-published name. The published slots (v2, v3) gather the whole sequence; the causal ones gather only what lies before:
+"""Steel's causal mixtures: soft slots that gather only what lies before. Travels with every export.
 
 - prefix:  at token t slot j holds the softmax mean of tokens 0..t.        No token has an MLP of its own.
 - lagged:  in segment k slot j holds the softmax mean of segment k - 1 (learned vectors where there is none), beside a
            shared MLP that reads the token itself.
 
-Imports nothing but torch, transformers and its own configuration; knows no attention, ranks or optimizer.
+Both carry their sums in the library's cache, keep packed documents apart and leave padding out. Imports nothing but
+torch, transformers, the experts and the configuration; knows no attention, ranks or optimizer.
 
-Shapes: B batch, T tokens, h hidden, i inner, n experts, p slots of an expert, s = n p slots, K chunks of c tokens,
-G segments, M rows. Sums of slots are fp32 whatever the model is.
+Shapes: B batch, T tokens (t of a block), h hidden, n experts, p slots of an expert, s = n p slots, K chunks of c
+tokens, r = c + s rows of a chunk, G segments. Sums of slots are fp32 whatever the model is.
 """
 
 from typing import Any, NamedTuple
@@ -18,194 +16,28 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import CacheLayerMixin
 
 from .configuration_steel import SteelConfig
+from .experts_steel import (
+    MLP,
+    SteelSoftMoEV1,
+    SteelSoftMoEV2,
+    SteelSoftMoEV3,
+    as_autocast_wants,
+    first_products,
+    make_experts,
+    outputs_of,
+    pass_slots,
+    run_experts,
+)
 
 CHUNK = 64  # tokens of a prefix product: larger needs fewer running sums and more products
-BLOCK = (
-    2048  # tokens that pass a causal mixture at once; longer sequences compute each block again in the backward pass
-)
+BLOCK = 2048  # tokens that pass at once; of longer sequences each block is computed again in the backward pass
 # Logits lie within +-40: e^40 times a million tokens fits into fp32 with no running maximum, and so does e^-40.
 _BOUND = 40.0
 _TINY = 1e-30  # far below any sum of weights, so that only an empty slot divides by it
-
-
-class SteelMLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
-
-    first, second = ("gate_proj", "up_proj"), ("down_proj",)
-
-    def __init__(self, config: SteelConfig, inner_size: int | None = None):
-        super().__init__()
-        inner = config.inner_size if inner_size is None else inner_size
-        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class SteelSENet(nn.Module):
-    """Two SwiGLUs: z = silu(gate_up x) * up x, then silu(gate_down z) * down z. (No squeeze-excitation, despite the name.)"""
-
-    first, second = ("gate_up_proj", "up_proj"), ("gate_down_proj", "down_proj")
-
-    def __init__(self, config: SteelConfig, inner_size: int | None = None):
-        super().__init__()
-        inner = config.inner_size if inner_size is None else inner_size
-        self.gate_up_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.gate_down_proj = nn.Linear(inner, config.hidden_size, bias=False)
-        self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = F.silu(self.gate_up_proj(x)) * self.up_proj(x)
-        return F.silu(self.gate_down_proj(z)) * self.down_proj(z)
-
-
-_MLP = {"raw": SteelMLP, "senet": SteelSENet}
-
-
-# ---- experts as batched products
-
-
-class _Stacked(torch.autograd.Function):
-    """Products of x with the stacked weights of all experts. It keeps the parameters for the backward pass and stacks
-    them again there: the copy lives for one product, and ZeRO-3 may let go of the weights in between."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, n: int, *weights: torch.Tensor) -> torch.Tensor:
-        ctx.n = n
-        ctx.save_for_backward(x, *weights)
-        w_noi = _stack(weights, n, x.dtype)
-        if x.dim() == 3:
-            return torch.bmm(x, w_noi.transpose(1, 2))
-        return F.linear(x, w_noi.flatten(0, 1)).view(len(x), n, -1).transpose(0, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        w_noi, grad_nMo = _stack(weights, ctx.n, x.dtype), grads[0].to(x.dtype)
-        if x.dim() == 3:
-            grad_x = torch.bmm(grad_nMo, w_noi)
-            grad_w = torch.bmm(grad_nMo.transpose(1, 2), x)
-        else:
-            grad_Mo = grad_nMo.transpose(0, 1).flatten(1)
-            grad_x = grad_Mo @ w_noi.flatten(0, 1)
-            grad_w = grad_Mo.T @ x
-        pieces = grad_w.view(len(weights), *weights[0].shape).to(weights[0].dtype)
-        return grad_x, None, *pieces.unbind()
-
-
-def _stack(weights: Any, n: int, dtype: torch.dtype) -> torch.Tensor:
-    """[o, i] each, those of one expert next to each other -> [n, o of all, i]."""
-    return torch.stack([weight.to(dtype) for weight in weights]).view(n, -1, weights[0].shape[1])
-
-
-def _linears(experts: Any, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
-    """x [n, M, i], or [M, i] for all experts -> [n, M, outputs of all names side by side], in the dtype of x."""
-    weights = [expert.get_submodule(name).weight for expert in experts for name in names]
-    with torch.autocast(x.device.type, enabled=False):
-        return _Stacked.apply(x, len(experts), *weights)
-
-
-def _glu(pair: torch.Tensor) -> torch.Tensor:
-    gate, value = pair.chunk(2, dim=-1)
-    return F.silu(gate) * value
-
-
-def _outputs(experts: Any, pair_nMi: torch.Tensor) -> torch.Tensor:
-    """From the first products (gate and value side by side) to the outputs [n, M, h] of all experts."""
-    out = _linears(experts, experts[0].second, _glu(pair_nMi))
-    return _glu(out) if len(experts[0].second) == 2 else out
-
-
-def run_experts(experts: Any, x: torch.Tensor) -> torch.Tensor:
-    """x [n, M, h] (own rows for each expert) or [M, h] (the same for all) -> [n, M, h]."""
-    return _outputs(experts, _linears(experts, experts[0].first, x))
-
-
-def _experts(config: SteelConfig) -> nn.ModuleList:
-    return nn.ModuleList([_MLP[config.mlp_type](config) for _ in range(config.n_experts)])
-
-
-def _as_autocast_wants(x: torch.Tensor) -> torch.Tensor:
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-# ---- the published mixtures
-
-
-class SteelSoftMoEV1(nn.Module):
-    """Every token passes every expert; outputs are mixed by softmax(W x + b). Causal."""
-
-    def __init__(self, config: SteelConfig):
-        super().__init__()
-        self.experts = _experts(config)
-        self.gating = nn.Linear(config.hidden_size, config.n_experts)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = _as_autocast_wants(x)
-        weights_Mn = torch.softmax(self.gating(x).flatten(0, -2), dim=-1, dtype=torch.float32).to(x.dtype)
-        parts_nMh = run_experts(self.experts, x.flatten(0, -2)) * weights_Mn.T[..., None]
-        return parts_nMh.sum(0).view(x.shape)
-
-
-class SteelSoftMoEV2(nn.Module):
-    """Slots gather the sequence with softmax over slots, tokens read them with softmax over the sequence.
-
-    NOT causal. The two axes are swapped against the Soft MoE paper (2308.00951); kept, because weights were trained so.
-    """
-
-    def __init__(self, config: SteelConfig):
-        super().__init__()
-        self.slots = config.slots_per_expert
-        self.experts = _experts(config)
-        self.score = nn.Parameter(torch.randn(config.hidden_size, config.n_experts * config.slots_per_expert))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits_BTs = x @ self.score
-        dispatch = torch.softmax(logits_BTs, dim=-1, dtype=torch.float32).to(x.dtype)
-        combine = torch.softmax(logits_BTs, dim=1, dtype=torch.float32).to(x.dtype)
-        return combine @ _pass_slots(self.experts, dispatch.transpose(1, 2) @ x).to(combine.dtype)
-
-
-class SteelSoftMoEV3(nn.Module):
-    """Soft MoE with normalised logits: dispatch is a softmax over the sequence, combine over all slots.
-
-    NOT causal. Unlike the paper, experts read the normalised x: its magnitude is lost; kept, because weights were trained so.
-    """
-
-    def __init__(self, config: SteelConfig):
-        super().__init__()
-        shape = (config.hidden_size, config.n_experts, config.slots_per_expert)
-        self.phi = nn.Parameter(torch.randn(shape) / config.hidden_size**0.5)
-        self.scale = nn.Parameter(torch.ones(1))
-        self.experts = _experts(config)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.normalize(x, dim=2)
-        phi = self.scale * F.normalize(self.phi, dim=0)
-        logits_BTs = x @ phi.flatten(1)
-        dispatch = torch.softmax(logits_BTs, dim=1, dtype=torch.float32).to(logits_BTs.dtype)
-        combine = torch.softmax(logits_BTs, dim=-1, dtype=torch.float32).to(logits_BTs.dtype)
-        return combine @ _pass_slots(self.experts, dispatch.transpose(1, 2) @ x).to(combine.dtype)
-
-
-def _pass_slots(experts: nn.ModuleList, slots_Bsh: torch.Tensor) -> torch.Tensor:
-    """Each expert maps its own p consecutive slots. [B, s, h] -> [B, s, h]."""
-    B, s, h = slots_Bsh.shape
-    rows_nMh = slots_Bsh.view(B, len(experts), -1, h).transpose(0, 1).reshape(len(experts), -1, h)
-    return run_experts(experts, rows_nMh).view(len(experts), B, -1, h).transpose(0, 1).reshape(B, s, h)
-
-
-# ---- the causal mixtures
 
 
 class Places(NamedTuple):
@@ -318,12 +150,12 @@ class _CausalMixture(nn.Module):
         shape = (config.hidden_size, config.n_experts, config.slots_per_expert)
         self.phi = nn.Parameter(torch.randn(shape) / config.hidden_size**0.5)
         self.scale = nn.Parameter(torch.full((1,), config.hidden_size**0.5))
-        self.experts = _experts(config)
+        self.experts = make_experts(config)
         self.eps = config.rms_norm_eps
 
     def forward(self, x: torch.Tensor, places: Places | None = None, state: SlotState | None = None) -> torch.Tensor:
         """[B, T, h] -> [B, T, h]. `state` is read and then holds what later tokens need."""
-        x, given = _as_autocast_wants(x), x.dtype
+        x, given = as_autocast_wants(x), x.dtype
         places = locate(x, None, None, None) if places is None else places
         tensors = self._empty(x) if state is None or state.tensors is None else state.tensors
         again = torch.is_grad_enabled() and x.shape[1] > BLOCK
@@ -389,10 +221,10 @@ class SteelPrefixMixture(_CausalMixture):
         gram_BKrr = wide @ wide.transpose(2, 3) / h
         square_BKsc = ((shares.flatten(2, 3) @ gram_BKrr).view(shares.shape) * shares).sum(-1)
         shares = (shares * torch.rsqrt(square_BKsc.clamp_min(0) + self.eps)[..., None]).to(x.dtype)
-        pair = _linears(self.experts, self.experts[0].first, rows_BKrh.flatten(0, 2))
+        pair = first_products(self.experts, rows_BKrh.flatten(0, 2))
         shares_n = shares.view(B * K, n, p * c, -1).transpose(0, 1).flatten(0, 1)
         pair = torch.bmm(shares_n, pair.reshape(n * B * K, c + n * p, -1)).view(n, B * K * p * c, -1)
-        outputs = _outputs(self.experts, pair).view(n, B, K, p, c, h)
+        outputs = outputs_of(self.experts, pair).view(n, B, K, p, c, h)
         combine_BKcs = torch.softmax(cut(logits_Bts), dim=-1).to(x.dtype)
         combine = combine_BKcs.view(B, K, c, n, p).permute(3, 0, 1, 4, 2)[..., None]
         return (outputs * combine).sum((0, 3)).view(B, K * c, h)[:, :t], tensors
@@ -437,7 +269,7 @@ class SteelLaggedMixture(_CausalMixture):
         super().__init__(config)
         self.segment = config.segment_length
         self.first_slots = nn.Parameter(torch.randn(config.n_experts * config.slots_per_expert, config.hidden_size))
-        self.shared = _MLP[config.mlp_type](config, config.intermediate_size)
+        self.shared = MLP[config.mlp_type](config, config.intermediate_size)
 
     def _empty(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         s, h = self.first_slots.shape
@@ -461,7 +293,7 @@ class SteelLaggedMixture(_CausalMixture):
         later = torch.where(opens_BG[:, 1:, None, None], self.first_slots.float(), means[:, :-1])
         readable = torch.cat((readable_Bsh[:, None], later), dim=1)  # [B, G, s, h]
         slots = readable * torch.rsqrt(readable.pow(2).mean(-1, keepdim=True) + self.eps)
-        outputs = _pass_slots(self.experts, slots.flatten(0, 1).to(x.dtype)).reshape(len(x), -1, x.shape[-1])
+        outputs = pass_slots(self.experts, slots.flatten(0, 1).to(x.dtype)).reshape(len(x), -1, x.shape[-1])
         combine = torch.softmax(logits_Bts, dim=-1)[:, :, None] * member_BGt.transpose(1, 2)[..., None]
         at_end = segment_Bt[:, -1], torch.arange(len(x), device=x.device)
         after = tuple(tensor[at_end[1], at_end[0]] for tensor in (sums, weights, readable))
@@ -479,7 +311,7 @@ CAUSAL_MIXTURES = tuple(_CAUSAL.values())
 def feed_forward(config: SteelConfig) -> nn.Module:
     """The FFN of one layer."""
     if config.FFN_type == "raw":
-        return _MLP[config.mlp_type](config)
+        return MLP[config.mlp_type](config)
     if config.FFN_type == "softmoe_causal":
         return _CAUSAL[config.causal_slots](config)
     return _PUBLISHED[config.FFN_type](config)

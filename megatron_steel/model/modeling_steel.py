@@ -1,7 +1,7 @@
 """The Steel architecture: the file that is trained is the file that is shipped.
 
 Qwen-style pre-norm decoder (RMSNorm, rotary positions, QKV bias, grouped-query attention) whose FFN is dense or
-a soft mixture of experts (`mixture_steel.py`). Parameter names and formulas are those of the original Steel-LLM. Imports
+a soft mixture of experts (`experts_steel.py`, `mixture_steel.py`). Parameter names and formulas are those of the original Steel-LLM. Imports
 nothing but torch, transformers (4.57 and 5.x), its mixtures and its configuration; knows no ranks, precision or optimizer.
 
 Shapes: B batch, T tokens, S keys (past + T), h hidden, N heads, K key/value heads, d head, V vocabulary.
@@ -234,7 +234,7 @@ class SteelModel(SteelPreTrainedModel):
         if cache.get_seq_length() > 0:
             raise ValueError("past_key_values: this cache was filled by another model, its slots are missing")
         while len(cache.layers) < self.config.num_hidden_layers:  # made when first used, if nobody named the layers
-            cache.layers.append(cache.layer_class_to_replicate())
+            cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
         cache.layers.extend(SlotState() for _ in range(self.config.num_hidden_layers))
 
     def _places(
