@@ -23,8 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_steel.errors import SteelError
 from megatron_steel.model.configuration_steel import SteelConfig
-from megatron_steel.model.mixture_steel import MIXTURES
-from megatron_steel.model.modeling_steel import SteelForCausalLM
+from megatron_steel.model.modeling_steel import MIXTURES, SteelForCausalLM
 from megatron_steel.model.training import prepare_for_training
 
 if TYPE_CHECKING:

@@ -20,18 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import CacheLayerMixin
 
 from .configuration_steel import SteelConfig
-from .experts_steel import (
-    MLP,
-    SteelSoftMoEV1,
-    SteelSoftMoEV2,
-    SteelSoftMoEV3,
-    as_autocast_wants,
-    first_products,
-    make_experts,
-    outputs_of,
-    pass_slots,
-    run_experts,
-)
+from .experts_steel import MLP, as_autocast_wants, first_products, make_experts, outputs_of, pass_slots, run_experts
 
 CHUNK = 64  # tokens of a prefix product: larger needs fewer running sums and more products
 BLOCK = 2048  # tokens that pass at once; of longer sequences each block is computed again in the backward pass
@@ -142,7 +131,7 @@ class SlotState(CacheLayerMixin):
         raise TypeError("slots have no keys and values")
 
 
-class _CausalMixture(nn.Module):
+class SteelCausalMixture(nn.Module):
     """What both causal mixtures share: routing, slots of equal magnitude, and one pass over blocks of tokens."""
 
     def __init__(self, config: SteelConfig):
@@ -189,7 +178,7 @@ class _CausalMixture(nn.Module):
         raise NotImplementedError
 
 
-class SteelPrefixMixture(_CausalMixture):
+class SteelPrefixMixture(SteelCausalMixture):
     """y_t = sum_j C_tj f_j(slot_tj), slot_tj the softmax mean of x_0 .. x_t by the logits of slot j, brought to RMS 1.
 
     (A plain mean of t unlike tokens shrinks as 1/sqrt(t), and a senet expert is of degree four: late tokens would
@@ -258,7 +247,7 @@ def _prefix_shares(x_BKch, weight_BKcs, document_BKc, sum_Bsh, weight_Bs):
     return torch.cat((own, each), dim=-1) / total[..., None], carry, (sums[:, K], weights[:, K])
 
 
-class SteelLaggedMixture(_CausalMixture):
+class SteelLaggedMixture(SteelCausalMixture):
     """y_t = shared(x_t) + sum_j C_tj f_j(slot_j of the segment before t's), slots brought to RMS 1.
 
     Segments of `segment_length` tokens are counted in each document. In its first one the slots are learned vectors.
@@ -299,32 +288,3 @@ class SteelLaggedMixture(_CausalMixture):
         after = tuple(tensor[at_end[1], at_end[0]] for tensor in (sums, weights, readable))
         own = run_experts([self.shared], x.flatten(0, 1)[None]).view(x.shape)
         return own + combine.flatten(2).to(x.dtype) @ outputs, after
-
-
-_CAUSAL = {"prefix": SteelPrefixMixture, "lagged": SteelLaggedMixture}
-_PUBLISHED = {"softmoe_v1": SteelSoftMoEV1, "softmoe_v2": SteelSoftMoEV2, "softmoe_v3": SteelSoftMoEV3}
-MIXTURES = (*_PUBLISHED.values(), *_CAUSAL.values())
-"""Classes whose experts are read together: one unit for whoever fetches weights by module (ZeRO-3)."""
-CAUSAL_MIXTURES = tuple(_CAUSAL.values())
-
-
-def feed_forward(config: SteelConfig) -> nn.Module:
-    """The FFN of one layer."""
-    if config.FFN_type == "raw":
-        return MLP[config.mlp_type](config)
-    if config.FFN_type == "softmoe_causal":
-        return _CAUSAL[config.causal_slots](config)
-    return _PUBLISHED[config.FFN_type](config)
-
-
-@torch.no_grad()
-def init_mixture(module: nn.Module) -> None:
-    """Initial values of a mixture's own parameters (torch.nn.init functions only: transformers 5 guards those)."""
-    if isinstance(module, SteelSoftMoEV2):
-        nn.init.normal_(module.score, std=1.0)
-    elif isinstance(module, (SteelSoftMoEV3, _CausalMixture)):
-        nn.init.normal_(module.phi, std=module.phi.shape[0] ** -0.5)
-        # Causal: logits of spread 1, so that slots differ from the start. v3 as published: all but uniform.
-        nn.init.constant_(module.scale, module.phi.shape[0] ** 0.5 if isinstance(module, _CausalMixture) else 1.0)
-        if isinstance(module, SteelLaggedMixture):
-            nn.init.normal_(module.first_slots, std=1.0)

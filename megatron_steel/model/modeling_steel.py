@@ -22,7 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .configuration_steel import SteelConfig
-from .mixture_steel import CAUSAL_MIXTURES, MIXTURES, Places, SlotState, feed_forward, init_mixture, locate
+
+# All files are named here: transformers 4 copies what this file imports, not what those import in turn.
+from .experts_steel import MLP, SteelSoftMoEV1, SteelSoftMoEV2, SteelSoftMoEV3
+from .mixture_steel import Places, SlotState, SteelCausalMixture, SteelLaggedMixture, SteelPrefixMixture, locate
 
 logger = logging.get_logger(__name__)
 _TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -39,6 +42,20 @@ class SteelRMSNorm(nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+
+MIXTURES = (SteelSoftMoEV1, SteelSoftMoEV2, SteelSoftMoEV3, SteelCausalMixture)
+"""Classes that read the weights of all their experts themselves: one unit for whoever fetches weights by module."""
+_PUBLISHED = {"softmoe_v1": SteelSoftMoEV1, "softmoe_v2": SteelSoftMoEV2, "softmoe_v3": SteelSoftMoEV3}
+_CAUSAL = {"prefix": SteelPrefixMixture, "lagged": SteelLaggedMixture}
+
+
+def _feed_forward(config: SteelConfig) -> nn.Module:
+    if config.FFN_type == "raw":
+        return MLP[config.mlp_type](config)
+    if config.FFN_type == "softmoe_causal":
+        return _CAUSAL[config.causal_slots](config)
+    return _PUBLISHED[config.FFN_type](config)
 
 
 def rotary_tables(position_ids_BT: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +130,7 @@ class SteelDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: SteelConfig, layer_idx: int):
         super().__init__()
         self.self_attn = SteelAttention(config, layer_idx)
-        self.mlp = feed_forward(config)
+        self.mlp = _feed_forward(config)
         self.input_layernorm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -123,7 +140,7 @@ class SteelDecoderLayer(GradientCheckpointingLayer):
         x = hidden_states
         x = x + self.self_attn(self.input_layernorm(x), rotary, attention_mask, past_key_values, **kwargs)
         read = self.post_attention_layernorm(x)
-        if not isinstance(self.mlp, CAUSAL_MIXTURES):
+        if not isinstance(self.mlp, SteelCausalMixture):
             return x + self.mlp(read)
         return x + self.mlp(read, places, _slot_states(past_key_values, self.self_attn.layer_idx))
 
@@ -152,8 +169,14 @@ class SteelPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, SteelRMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, MIXTURES):
-            init_mixture(module)
+        elif isinstance(module, SteelSoftMoEV2):
+            nn.init.normal_(module.score, std=1.0)
+        elif isinstance(module, (SteelSoftMoEV3, SteelCausalMixture)):
+            nn.init.normal_(module.phi, std=module.phi.shape[0] ** -0.5)
+            # Causal: logits of spread 1, so that slots differ from the start. v3 as published: all but uniform.
+            nn.init.constant_(module.scale, 1.0 if isinstance(module, SteelSoftMoEV3) else module.phi.shape[0] ** 0.5)
+            if isinstance(module, SteelLaggedMixture):
+                nn.init.normal_(module.first_slots, std=1.0)
 
 
 class SteelModel(SteelPreTrainedModel):

@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.dynamic_module_utils import get_relative_imports
 
-from megatron_steel.model import mixture_steel
+from megatron_steel.model import mixture_steel, modeling_steel
 from megatron_steel.model.build import build_config
 from megatron_steel.model.configuration_steel import MLP_TYPES, SteelConfig
 from megatron_steel.model.flops import parameters
@@ -352,6 +354,13 @@ def test_the_recipe_has_the_published_tensors():
 def test_impossible_configurations_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         SteelConfig(**(SIZES | {field: value}))
+
+
+def test_the_modelling_file_names_every_file_that_it_needs():
+    """transformers 4 copies what it imports, and not what those import in turn."""
+    named = set(get_relative_imports(modeling_steel.__file__))
+    for file in named:
+        assert set(get_relative_imports(Path(modeling_steel.__file__).with_name(f"{file}.py"))) <= named
 
 
 LOADER = """
