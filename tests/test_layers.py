@@ -16,7 +16,7 @@ LAYER = {
 BLIND = {1: {"data", "model", "checkpoint"}, 2: {"train", "convert", "post"}}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 DEEPSPEED_MAY_BE_IN = ("train/", "checkpoint/zero.py")
-SHIPPED = {"modeling_steel.py", "configuration_steel.py"}
+SHIPPED = {"modeling_steel.py", "mixture_steel.py", "experts_steel.py", "configuration_steel.py"}
 
 
 def _room(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
-from megatron_steel.model import configuration_steel, modeling_steel
+from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
 from megatron_steel.model.configuration_steel import SteelConfig
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from megatron_steel.data.tokenizer import Tokenizer
     from megatron_steel.recipe import Recipe
 
-STEEL_CODE = tuple(Path(str(module.__file__)) for module in (configuration_steel, modeling_steel))
-"""The two files that travel with a Steel model."""
+STEEL_CODE = tuple(
+    Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)
+)
+"""The files that travel with a Steel model."""
 # Weights, configuration and readme that may lie in the same folder are not the tokenizer's.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
                     "chat_template*", "*.model", "*.tiktoken", "tokenization_*.py")  # fmt: skip
@@ -109,7 +111,7 @@ def special_ids(path: Path, tokenizer: "Tokenizer") -> dict[str, int | None]:
 
 
 def code_files(config: "PretrainedConfig", model_path: str | None) -> list[Path]:
-    """The modelling code that must travel: Steel's two files, a foreign folder's own, none for native classes."""
+    """The modelling code that must travel: Steel's own files, a foreign folder's own, none for native classes."""
     if isinstance(config, SteelConfig):
         return list(STEEL_CODE)
     return [] if _is_native(config) or model_path is None else sorted(Path(model_path).glob("*.py"))

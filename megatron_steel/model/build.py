@@ -23,13 +23,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_steel.errors import SteelError
 from megatron_steel.model.configuration_steel import SteelConfig
-from megatron_steel.model.modeling_steel import SteelForCausalLM
+from megatron_steel.model.modeling_steel import MIXTURES, SteelForCausalLM
 from megatron_steel.model.training import prepare_for_training
 
 if TYPE_CHECKING:
     from megatron_steel.recipe import Model
 
-__all__ = ["build_config", "build_model", "decay_groups", "prepare_for_training"]
+__all__ = ["build_config", "build_model", "decay_groups", "fetched_whole", "prepare_for_training"]
 
 
 def build_config(model: "Model", tokenizer_vocab_size: int | None = None) -> PretrainedConfig:
@@ -105,6 +105,11 @@ def decay_groups(model: nn.Module, weight_decay: float, on: str = "matrices") ->
     others = [p for p, is_matrix in zip(trained, matrix, strict=True) if not is_matrix]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def fetched_whole(model: nn.Module) -> list[nn.Module]:
+    """Modules that read the weights of their children themselves, so that ZeRO-3 must fetch all of them at once."""
+    return [module for module in model.modules() if isinstance(module, MIXTURES)]
 
 
 def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-FFN_TYPES = ("raw", "softmoe_v1", "softmoe_v2", "softmoe_v3")
+FFN_TYPES = ("raw", "softmoe_v1", "softmoe_v2", "softmoe_v3", "softmoe_causal")
 MLP_TYPES = ("raw", "senet")
+CAUSAL_SLOTS = ("prefix", "lagged")
 # Fields of the original that select behaviour it never used. They are dropped, because transformers would build
 # a sliding-window cache from them.
 _UNUSED = ("sliding_window", "use_sliding_window", "max_window_layers")
@@ -33,10 +34,15 @@ class SteelConfig(PretrainedConfig):
         num_key_value_heads: key and value heads (fewer than query heads: grouped-query attention).
         max_position_embeddings: the longest sequence the model is meant for; nothing is allocated from it.
         FFN_type: `raw` (one MLP per token), `softmoe_v1` (softmax mixture of all experts per token), `softmoe_v2`
-            and `softmoe_v3` (soft slots over the whole sequence: every token sees later ones).
+            and `softmoe_v3` (soft slots over the whole sequence: every token sees later ones), `softmoe_causal`
+            (soft slots over what lies before a token).
         mlp_type: `raw` (SwiGLU) or `senet` (two SwiGLUs, one into and one out of the inner width).
         n_experts: experts of a soft mixture.
-        slots_per_expert: slots p that each expert of v2 and v3 reads per sequence.
+        slots_per_expert: slots p that each expert of v2 and v3 reads per sequence, of softmoe_causal per token
+            (`prefix`) or per segment (`lagged`).
+        causal_slots: of softmoe_causal: `prefix` (slots are running means up to the token itself) or `lagged` (slots
+            hold the segment before the token's, beside a shared MLP of `intermediate_size`).
+        segment_length: tokens of a segment of `lagged`.
         mlp_div_ratio: divides `intermediate_size`, for dense MLPs too.
         rope_theta: base of the rotary embedding.
         rope_parameters: the same in the form of transformers 5; only `rope_type: default` exists.
@@ -62,6 +68,8 @@ class SteelConfig(PretrainedConfig):
         mlp_type: str = "senet",
         n_experts: int = 6,
         slots_per_expert: int = 1,
+        causal_slots: str = "prefix",
+        segment_length: int = 256,
         mlp_div_ratio: int = 1,
         hidden_act: str = "silu",
         rope_theta: float = 1e6,
@@ -94,6 +102,8 @@ class SteelConfig(PretrainedConfig):
         self.mlp_type = mlp_type
         self.n_experts = n_experts
         self.slots_per_expert = slots_per_expert
+        self.causal_slots = causal_slots
+        self.segment_length = segment_length
         self.mlp_div_ratio = mlp_div_ratio
         self.hidden_act = hidden_act
         self.rope_theta = float(rope.get("rope_theta", rope_theta))
@@ -125,13 +135,15 @@ class SteelConfig(PretrainedConfig):
         return self.intermediate_size // self.mlp_div_ratio
 
     def _refuse_impossible_values(self) -> None:
-        choices = {"FFN_type": FFN_TYPES, "mlp_type": MLP_TYPES, "hidden_act": ("silu",)}
+        choices = {
+            "FFN_type": FFN_TYPES, "mlp_type": MLP_TYPES, "causal_slots": CAUSAL_SLOTS, "hidden_act": ("silu",),
+        }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "n_experts", "slots_per_expert", "mlp_div_ratio", "intermediate_size",
+            "n_experts", "slots_per_expert", "segment_length", "mlp_div_ratio", "intermediate_size",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not a whole number")

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from megatron_steel.model.build import construct
 from megatron_steel.model.configuration_steel import SteelConfig
+from megatron_steel.model.mixture_steel import BLOCK, CHUNK
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,59 @@ def _multiplied_weights(model: PreTrainedModel, sequence_length: int) -> float |
     config = model.config
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None  # a sparse mixture multiplies a token with some of its experts only
-    slots = isinstance(config, SteelConfig) and config.sees_future
-    # p slots per expert and sequence, instead of T tokens
-    share = config.slots_per_expert / sequence_length if slots else 1.0
+    causal = isinstance(config, SteelConfig) and config.FFN_type == "softmoe_causal"
+    slots = causal or (isinstance(config, SteelConfig) and config.sees_future)
+    share = _slot_rows_per_token(config, sequence_length) if slots else 1.0
     total, counted = 0.0, set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             counted.add(id(module.weight))
-            total += module.weight.numel() * (share if slots and ".experts." in name else 1.0)
+            # A prefix expert's first product is taken of the tokens (and of the chunks' carried means), not of its slots.
+            first = causal and config.causal_slots == "prefix" and "gate_down" not in name and "down_proj" not in name
+            rows = 1 + _slots(config) / min(CHUNK, sequence_length) if first else share
+            total += module.weight.numel() * (rows if slots and ".experts." in name else 1.0)
         elif isinstance(module, nn.Embedding):
             counted.add(id(module.weight))
     if slots:
-        # logits, dispatch and combine are three products of size h x slots for every token
-        total += 3 * config.num_hidden_layers * config.hidden_size * config.n_experts * config.slots_per_expert
-        counted |= {id(p) for name, p in model.named_parameters() if name.endswith((".phi", ".score"))}
+        total += config.num_hidden_layers * _slot_products_per_token(config, sequence_length)
+        counted |= {id(p) for name, p in model.named_parameters() if name.endswith((".phi", ".score", ".first_slots"))}
     outside = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in counted]
     return None if outside else total
+
+
+def _slots(config: PretrainedConfig) -> int:
+    return config.n_experts * config.slots_per_expert
+
+
+def _segments(config: PretrainedConfig, tokens: int) -> int:
+    """Segments that a block of `tokens` makes room for (see SteelLaggedMixture)."""
+    return 1 + min(tokens, tokens // config.segment_length + 1)
+
+
+def _slot_rows_per_token(config: PretrainedConfig, sequence_length: int) -> float:
+    """Vectors that an expert maps for each token: p for each sequence (published), segment or token."""
+    if config.FFN_type != "softmoe_causal":
+        return config.slots_per_expert / sequence_length
+    if config.causal_slots == "prefix":
+        return config.slots_per_expert
+    block = min(BLOCK, sequence_length)
+    return config.slots_per_expert * _segments(config, block) / block
+
+
+def _slot_products_per_token(config: PretrainedConfig, sequence_length: int) -> float:
+    """Multiply-adds for each token and layer that route, gather and hand out, without the experts."""
+    s, h = _slots(config), config.hidden_size
+    if config.FFN_type != "softmoe_causal":
+        return 3 * h * s  # logits, dispatch and combine are products of size h x slots
+    block = min(BLOCK, sequence_length)
+    if config.causal_slots == "lagged":
+        return h * s + 2 * _segments(config, block) * s * h
+    c, chunks = min(CHUNK, block), block / min(CHUNK, block)
+    r = c + s
+    sums = h * s + s * h + (chunks + 1) ** 2 * s * (h + 1) / block  # logits; of each chunk; of all before it
+    magnitude = r * r * h / c + s * r * r
+    means = config.slots_per_expert * r * 2 * config.inner_size * config.n_experts
+    return sums + magnitude + means
 
 
 def _attention(config: PretrainedConfig, sequence_length: int) -> float | None:

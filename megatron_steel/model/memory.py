@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.head import CHUNK_TOKENS
+from megatron_steel.model.mixture_steel import BLOCK, CHUNK
 
 _BYTES = {"fp32": 4, "bf16": 2}
 _QK_NORM = ("qwen3", "olmo2", "olmo3", "gemma3_text")
@@ -29,9 +30,14 @@ def activation_bytes_per_sample(
     text = config.get_text_config()
     size, layers, hidden = _BYTES[precision], text.num_hidden_layers, text.hidden_size
     layer = _layer_bytes_per_token(text, size)
+    again = 0
+    if sequence_length > BLOCK and getattr(text, "FFN_type", None) == "softmoe_causal":
+        # Of each block of tokens the mixture keeps its input and output, and computes the rest again, one at a time.
+        mixture = _ffn_bytes_per_token(text, size)
+        layer, again = layer - mixture + 2 * hidden * size, BLOCK * mixture
     kept = layers * hidden * size + layer if checkpointing else layers * layer
     ends = 4 * hidden * size  # embedding output, final norm, the head's gradient of it
-    return sequence_length * (kept + ends)
+    return sequence_length * (kept + ends) + again
 
 
 def head_bytes(config: PretrainedConfig, tokens: int, precision: str = "bf16") -> int:
@@ -72,7 +78,11 @@ def _layer_bytes_per_token(config: PretrainedConfig, size: int) -> int:
     attention = (3 * heads + 2 * kv_heads) * head_dim * size
     if config.model_type in _QK_NORM:
         attention += (heads + kv_heads) * head_dim * (4 + size)
-    return norms + attention + _ffn_values_per_token(config) * size
+    return norms + attention + _ffn_bytes_per_token(config, size)
+
+
+def _ffn_bytes_per_token(config: PretrainedConfig, size: int) -> int:
+    return _ffn_values_per_token(config) * size + _causal_fp32_bytes_per_token(config)
 
 
 def _ffn_values_per_token(config: PretrainedConfig) -> int:
@@ -85,5 +95,25 @@ def _ffn_values_per_token(config: PretrainedConfig) -> int:
         return one
     if config.FFN_type == "softmoe_v1":
         return config.n_experts * (one + hidden)
+    if config.FFN_type == "softmoe_causal":
+        return _causal_values_per_token(config, one)
     # The normalised input; dispatch and combine in fp32 and rounded. What the slots do is small.
     return hidden + 6 * config.n_experts * config.slots_per_expert
+
+
+def _causal_values_per_token(config: SteelConfig, one: int) -> int:
+    """Of a causal mixture, up to its block: longer sequences compute each block again and keep less than this."""
+    slots = config.n_experts * config.slots_per_expert
+    if config.causal_slots == "lagged":
+        return 4 * config.intermediate_size + (3 * config.hidden_size if config.mlp_type == "senet" else 0)
+    # Gate and value before and after the means; each slot's output, weighted; the shares of a chunk.
+    return 2 * config.inner_size * config.n_experts + slots * (one + config.hidden_size) + slots * (CHUNK + slots)
+
+
+def _causal_fp32_bytes_per_token(config: PretrainedConfig) -> int:
+    """Routing and sums, fp32 in every precision: x, x normalised and its norm's input, logits, shares several times."""
+    if not isinstance(config, SteelConfig) or config.FFN_type != "softmoe_causal":
+        return 0
+    slots = config.n_experts * config.slots_per_expert
+    shares = 22 * slots * (CHUNK + slots) if config.causal_slots == "prefix" else 0
+    return 12 * config.hidden_size + 16 * slots + shares

@@ -1,10 +1,10 @@
 """The Steel architecture: the file that is trained is the file that is shipped.
 
 Qwen-style pre-norm decoder (RMSNorm, rotary positions, QKV bias, grouped-query attention) whose FFN is dense or
-one of three soft mixtures of experts. Parameter names and formulas are those of the original Steel-LLM. Imports
-nothing but torch, transformers (4.57 and 5.x) and its own configuration; knows no ranks, precision or optimizer.
+a soft mixture of experts (`experts_steel.py`, `mixture_steel.py`). Parameter names and formulas are those of the original Steel-LLM. Imports
+nothing but torch, transformers (4.57 and 5.x), its mixtures and its configuration; knows no ranks, precision or optimizer.
 
-Shapes: B batch, T tokens, S keys (past + T), h hidden, N heads, K key/value heads, d head, n experts, p slots, V vocabulary.
+Shapes: B batch, T tokens, S keys (past + T), h hidden, N heads, K key/value heads, d head, V vocabulary.
 """
 
 from typing import Any
@@ -23,6 +23,10 @@ from transformers.utils import logging
 
 from .configuration_steel import SteelConfig
 
+# All files are named here: transformers 4 copies what this file imports, not what those import in turn.
+from .experts_steel import MLP, SteelSoftMoEV1, SteelSoftMoEV2, SteelSoftMoEV3
+from .mixture_steel import Places, SlotState, SteelCausalMixture, SteelLaggedMixture, SteelPrefixMixture, locate
+
 logger = logging.get_logger(__name__)
 _TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -40,108 +44,18 @@ class SteelRMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-class SteelMLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
-
-    def __init__(self, config: SteelConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
-        self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class SteelSENet(nn.Module):
-    """Two SwiGLUs: z = silu(gate_up x) * up x, then silu(gate_down z) * down z. (No squeeze-excitation, despite the name.)"""
-
-    def __init__(self, config: SteelConfig):
-        super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
-        self.gate_down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
-        self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = F.silu(self.gate_up_proj(x)) * self.up_proj(x)
-        return F.silu(self.gate_down_proj(z)) * self.down_proj(z)
-
-
-_MLP = {"raw": SteelMLP, "senet": SteelSENet}
-
-
-def _experts(config: SteelConfig) -> nn.ModuleList:
-    return nn.ModuleList([_MLP[config.mlp_type](config) for _ in range(config.n_experts)])
-
-
-class SteelSoftMoEV1(nn.Module):
-    """Every token passes every expert; outputs are mixed by softmax(W x + b). Causal."""
-
-    def __init__(self, config: SteelConfig):
-        super().__init__()
-        self.experts = _experts(config)
-        self.gating = nn.Linear(config.hidden_size, config.n_experts)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights_BTn = torch.softmax(self.gating(x), dim=-1, dtype=torch.float32).to(x.dtype)
-        parts = (expert(x) * weights_BTn[..., i : i + 1] for i, expert in enumerate(self.experts))
-        return sum(parts, start=torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-class SteelSoftMoEV2(nn.Module):
-    """Slots gather the sequence with softmax over slots, tokens read them with softmax over the sequence.
-
-    NOT causal. The two axes are swapped against the Soft MoE paper (2308.00951); kept, because weights were trained so.
-    """
-
-    def __init__(self, config: SteelConfig):
-        super().__init__()
-        self.slots = config.slots_per_expert
-        self.experts = _experts(config)
-        self.score = nn.Parameter(torch.randn(config.hidden_size, config.n_experts * config.slots_per_expert))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits_BTs = x @ self.score
-        dispatch = torch.softmax(logits_BTs, dim=-1, dtype=torch.float32).to(x.dtype)
-        combine = torch.softmax(logits_BTs, dim=1, dtype=torch.float32).to(x.dtype)
-        slots_Bsh = dispatch.transpose(1, 2) @ x
-        pieces = slots_Bsh.split(self.slots, dim=1)
-        outputs_Bsh = torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)], dim=1)
-        return combine @ outputs_Bsh
-
-
-class SteelSoftMoEV3(nn.Module):
-    """Soft MoE with normalised logits: dispatch is a softmax over the sequence, combine over all slots.
-
-    NOT causal. Unlike the paper, experts read the normalised x: its magnitude is lost; kept, because weights were trained so.
-    """
-
-    def __init__(self, config: SteelConfig):
-        super().__init__()
-        shape = (config.hidden_size, config.n_experts, config.slots_per_expert)
-        self.phi = nn.Parameter(torch.randn(shape) / config.hidden_size**0.5)
-        self.scale = nn.Parameter(torch.ones(1))
-        self.experts = _experts(config)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.normalize(x, dim=2)
-        phi = self.scale * F.normalize(self.phi, dim=0)
-        logits_BTnp = torch.einsum("bth,hnp->btnp", x, phi)
-        dispatch = torch.softmax(logits_BTnp, dim=1, dtype=torch.float32).to(logits_BTnp.dtype)
-        combine = torch.softmax(logits_BTnp.flatten(2), dim=-1, dtype=torch.float32).to(logits_BTnp.dtype)
-        slots_Bnph = torch.einsum("bth,btnp->bnph", x, dispatch)
-        outputs = torch.stack([expert(slots_Bnph[:, i]) for i, expert in enumerate(self.experts)], dim=1)
-        return combine @ outputs.flatten(1, 2).to(combine.dtype)
-
-
-_MIXTURE = {"softmoe_v1": SteelSoftMoEV1, "softmoe_v2": SteelSoftMoEV2, "softmoe_v3": SteelSoftMoEV3}
+MIXTURES = (SteelSoftMoEV1, SteelSoftMoEV2, SteelSoftMoEV3, SteelCausalMixture)
+"""Classes that read the weights of all their experts themselves: one unit for whoever fetches weights by module."""
+_PUBLISHED = {"softmoe_v1": SteelSoftMoEV1, "softmoe_v2": SteelSoftMoEV2, "softmoe_v3": SteelSoftMoEV3}
+_CAUSAL = {"prefix": SteelPrefixMixture, "lagged": SteelLaggedMixture}
 
 
 def _feed_forward(config: SteelConfig) -> nn.Module:
     if config.FFN_type == "raw":
-        return _MLP[config.mlp_type](config)
-    return _MIXTURE[config.FFN_type](config)
+        return MLP[config.mlp_type](config)
+    if config.FFN_type == "softmoe_causal":
+        return _CAUSAL[config.causal_slots](config)
+    return _PUBLISHED[config.FFN_type](config)
 
 
 def rotary_tables(position_ids_BT: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,10 +134,21 @@ class SteelDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, rotary, attention_mask=None, past_key_values=None, **kwargs) -> torch.Tensor:
+    def forward(
+        self, hidden_states, rotary, attention_mask=None, past_key_values=None, places=None, **kwargs
+    ) -> torch.Tensor:
         x = hidden_states
         x = x + self.self_attn(self.input_layernorm(x), rotary, attention_mask, past_key_values, **kwargs)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        read = self.post_attention_layernorm(x)
+        if not isinstance(self.mlp, SteelCausalMixture):
+            return x + self.mlp(read)
+        return x + self.mlp(read, places, _slot_states(past_key_values, self.self_attn.layer_idx))
+
+
+def _slot_states(cache: Cache | None, layer_idx: int) -> SlotState | None:
+    """The state of one layer: they lie behind all layers of keys and values, in their order."""
+    states = [] if cache is None else [layer for layer in cache.layers if isinstance(layer, SlotState)]
+    return states[layer_idx] if states else None
 
 
 class SteelPreTrainedModel(PreTrainedModel):
@@ -246,9 +171,12 @@ class SteelPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         elif isinstance(module, SteelSoftMoEV2):
             nn.init.normal_(module.score, std=1.0)
-        elif isinstance(module, SteelSoftMoEV3):
+        elif isinstance(module, (SteelSoftMoEV3, SteelCausalMixture)):
             nn.init.normal_(module.phi, std=module.phi.shape[0] ** -0.5)
-            nn.init.ones_(module.scale)
+            # Causal: logits of spread 1, so that slots differ from the start. v3 as published: all but uniform.
+            nn.init.constant_(module.scale, 1.0 if isinstance(module, SteelSoftMoEV3) else module.phi.shape[0] ** 0.5)
+            if isinstance(module, SteelLaggedMixture):
+                nn.init.normal_(module.first_slots, std=1.0)
 
 
 class SteelModel(SteelPreTrainedModel):
@@ -287,6 +215,7 @@ class SteelModel(SteelPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values = self._cache(past_key_values, use_cache)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        places = self._places(x, attention_mask, position_ids, past_key_values, past)
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         mask = self._mask(attention_mask, x, past)
@@ -296,7 +225,7 @@ class SteelModel(SteelPreTrainedModel):
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x]
         for layer in self.layers:
-            x = layer(x, rotary, mask, past_key_values, **kwargs)
+            x = layer(x, rotary, mask, past_key_values, places, **kwargs)
             if wanted:
                 states.append(x)
         x = self.norm(x)
@@ -316,7 +245,35 @@ class SteelModel(SteelPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             return None
-        return given if given is not None or not use_cache else DynamicCache()
+        cache = given if given is not None or not use_cache else DynamicCache(config=self.config)
+        if cache is not None and self.config.FFN_type == "softmoe_causal":
+            self._add_slot_states(cache)
+        return cache
+
+    def _add_slot_states(self, cache: Cache) -> None:
+        """One state a layer, behind the keys and values of all layers; the cache may come from `generate`, empty."""
+        if any(isinstance(layer, SlotState) for layer in cache.layers):
+            return
+        if cache.get_seq_length() > 0:
+            raise ValueError("past_key_values: this cache was filled by another model, its slots are missing")
+        while len(cache.layers) < self.config.num_hidden_layers:  # made when first used, if nobody named the layers
+            cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+        cache.layers.extend(SlotState() for _ in range(self.config.num_hidden_layers))
+
+    def _places(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        past: int,
+    ) -> Places | None:
+        """What causal slots must know of each token: padding, its document, its place there."""
+        if self.config.FFN_type != "softmoe_causal":
+            return None
+        padding = mask[:, past : past + x.shape[1]] if mask is not None and mask.dim() == 2 else None
+        state = _slot_states(cache, 0)
+        return locate(x, padding, position_ids, None if state is None else state.read_B)
 
     def _mask(self, mask: torch.Tensor | None, x: torch.Tensor, past: int) -> torch.Tensor | None:
         """None where the plain causal rule holds (sdpa then takes its fast path), else a mask [B, 1, T, S]."""

@@ -109,7 +109,7 @@ def require_document_mask(model: PreTrainedModel) -> None:
         raise SteelError(
             f"FFN_type {model.config.FFN_type} mixes all tokens of a sample, also across documents",
             "data.document_mask",
-            "set data.document_mask=false, or a causal FFN_type (raw, softmoe_v1)",
+            "set data.document_mask=false, or a causal FFN_type (raw, softmoe_v1, softmoe_causal)",
         )
     if type(model).__name__ not in _DOCUMENTS:
         what = f"{type(model).__name__} is not proven to keep packed documents apart"

@@ -68,9 +68,9 @@ def is_own_code(folder: Path, tree: dict[str, Any]) -> bool:
     """True for a Steel folder whose code is exactly this package's (or that brings none)."""
     if tree.get("model_type") != "steel":
         return False
-    from megatron_steel.model import configuration_steel, modeling_steel
+    from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
 
-    own = {Path(str(module.__file__)) for module in (configuration_steel, modeling_steel)}
+    own = {Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)}
     present = {file.name: file.read_bytes() for file in folder.glob("*.py")}
     return not present or present == {file.name: file.read_bytes() for file in own}
 
