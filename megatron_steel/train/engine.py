@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
+from megatron_steel.model.build import fetched_whole
 from megatron_steel.recipe import Optim, Recipe, accumulation_steps
 from megatron_steel.train import optimizer
 
@@ -148,11 +149,15 @@ def start_engine(
         config: the whole dict of `engine_config`.
     """
     deepspeed = quiet_deepspeed(device)
+    from deepspeed.utils import set_z3_leaf_module
+
     offload = offloads_optimizer(config)
     kernel = dist.together(lambda: optimizer.choose(optim.kernel, device.type, offload))
     assert kernel is not None
     dist.log.info("optimizer: AdamW by %s%s", kernel, " (optim.kernel: auto)" if optim.kernel == "auto" else "")
     adam = optimizer.build(kernel, groups, optim, device.type, offload)
+    for module in fetched_whole(model):
+        set_z3_leaf_module(module, True)
     engine = deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
     if hasattr(engine.optimizer, "fp32_groups") and zero_stage(config) == 0:
         # At stage 0 in bf16 DeepSpeed steps once over zeros at start and leaves Adam's counters at 1, which would

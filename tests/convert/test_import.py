@@ -118,7 +118,7 @@ def test_tokenizer_and_generation_settings_travel_and_foreign_code_stays(tmp_pat
     out = tmp_path / "out"
     assert (out / "tokenizer.json").read_bytes() == (tiny_tokenizer / "tokenizer.json").read_bytes()
     assert (out / "generation_config.json").read_text() == '{"top_p": 0.8}'
-    assert (out / "modeling_steel.py").read_bytes() == STEEL_CODE[1].read_bytes()
+    assert all((out / file.name).read_bytes() == file.read_bytes() for file in STEEL_CODE)
     assert cli.main(["generate", str(out), "--prompt", "w5 w9", "--max-new-tokens", "2"]) == 0
 
 
