@@ -60,7 +60,7 @@ def write(folder: Path, step: int, write_files: Callable[[Path], None], facts: d
     names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
     mine = dist.together(lambda: _explain_disk(lambda: _hashes(aside, names[dist.rank() :: dist.world_size()]), aside))
     files = {name: entry for part in dist.gather(mine or {}) for name, entry in part.items()}
-    manifest = _sealed({"format_version": 1, "step": step, **facts, "files": dict(sorted(files.items()))})
+    manifest = sealed({"format_version": 1, "step": step, **facts, "files": dict(sorted(files.items()))})
     dist.together(lambda: _explain_disk(lambda: _publish(aside, final, manifest), aside), only=dist.is_main())
     return final
 
@@ -95,7 +95,7 @@ def read_manifest(path: Path) -> Checkpoint:
         if manifest["format_version"] != 1:
             raise SteelError(f"the checkpoint's format is {manifest['format_version']}, this version reads 1", file,
                              "use the version of megatron_steel that wrote it")  # fmt: skip
-        if _sealed(manifest) != manifest:
+        if sealed(manifest) != manifest:
             raise SteelError("the checkpoint's manifest has been changed", file, "use another checkpoint")
     except FileNotFoundError:
         raise SteelError("the checkpoint has no manifest: it was never whole", path, "use another checkpoint") from None
@@ -142,8 +142,8 @@ def prune(folder: Path, keep_last: int, newest: int) -> list[Path]:
     return doomed
 
 
-def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the SHA-256 of all its other entries, which change nobody's mind unnoticed."""
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the SHA-256 of all its other entries, so that an edited one is found."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True, ensure_ascii=True)
     return json.loads(text) | {"sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -75,7 +75,7 @@ def test_a_manifest_cannot_reach_outside(tmp_path):
     path = _write(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"] = {"../../etc/passwd": {"size": 1, "sha256": ""}}
-    (path / "manifest.json").write_text(json.dumps(commit._sealed(manifest)))
+    (path / "manifest.json").write_text(json.dumps(commit.sealed(manifest)))
     with pytest.raises(SteelError, match="outside the checkpoint"):
         commit.verify(path)
 

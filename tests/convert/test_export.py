@@ -12,6 +12,7 @@ from conftest import VOCABULARY, free_port, one_thread
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_steel.checkpoint import commit
 from megatron_steel.convert import shards, verify
 from megatron_steel.convert.hf import export
 from megatron_steel.errors import SteelError
@@ -227,7 +228,7 @@ def test_a_tensor_that_is_not_the_models_is_named(field, value, named, run, tmp_
     manifest = run / "checkpoints" / "step-00000002" / "manifest.json"
     tree = json.loads(manifest.read_text())
     tree["recipe"]["model"]["config"][field] = value
-    manifest.write_text(json.dumps(tree))
+    manifest.write_text(json.dumps(commit.sealed(tree)))
     with pytest.raises(SteelError, match=named):
         export(run, tmp_path / "out")
     assert _nothing_but(tmp_path, "run")
