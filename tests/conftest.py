@@ -5,11 +5,16 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+
+# transformers copies modelling code of exports into a cache keyed by the folder's name alone: one cache a process, so
+# that two test runs, or two versions of the code, never read each other's copies.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="steel-hf-modules-")
 
 VOCABULARY = 128
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
