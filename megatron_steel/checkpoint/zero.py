@@ -28,6 +28,7 @@ CLIENT_STATE = "megatron_steel"  # our key among DeepSpeed's own in a checkpoint
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in every kernel
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # the engine's own
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # All that DeepSpeed 0.19.8 puts into its files beside tensors and plain values.
 _ITS_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -102,6 +103,7 @@ def contents(checkpoint: Path) -> Contents:
     shards = sorted(engine.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
     parts = [_load(shard)["optimizer_state_dict"] for shard in shards]
     sharded_weights = bool(parts) and "fp32_flat_groups" in parts[0]  # ZeRO-3
+    _refuse_missing_shards(parts, engine)
     files = _model_files(engine, sharded_weights)
     states = [_load(file) for file in files]
     first, where = states[0], files[0]
@@ -131,16 +133,15 @@ def weights_only() -> Iterator[None]:
     """While DeepSpeed itself loads: whatever it asks for, torch unpickles tensors, plain values and three of its classes."""
     import torch
 
-    key, classes = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", [_class_named(name) for name in _ITS_CLASSES]
-    before = os.environ.get(key)
-    os.environ[key] = "1"  # goes before the weights_only=False in DeepSpeed's calls
+    classes = [_class_named(name) for name in _ITS_CLASSES]
+    before = {key: os.environ.pop(key, None) for key in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"  # goes before the weights_only=False in DeepSpeed's calls
     try:
         with torch.serialization.safe_globals(classes):
             yield
     finally:
-        os.environ.pop(key)
-        if before is not None:
-            os.environ[key] = before
+        del os.environ[_FORCE]
+        os.environ.update({key: value for key, value in before.items() if value is not None})
 
 
 class _Inert:
@@ -265,6 +266,14 @@ def _model_files(engine: Path, sharded_weights: bool) -> list[Path]:
     if not files and not whole.is_file():
         raise SteelError("the engine/ folder holds no DeepSpeed model states", whole, "use another checkpoint")
     return files or [whole]
+
+
+def _refuse_missing_shards(parts: list[dict[str, Any]], engine: Path) -> None:
+    said = parts[0].get("partition_count") if parts else None
+    ranks = said[0] if isinstance(said, list) else said  # one number a group, all the same without experts
+    if ranks not in (None, len(parts)):
+        what = f"the engine/ folder holds {len(parts)} optimizer files of {ranks}"
+        raise SteelError(what, engine, "use another checkpoint")
 
 
 def _rank_of(shard: Path) -> int:
