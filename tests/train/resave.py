@@ -3,6 +3,7 @@
     deepspeed --num_gpus RANKS resave.py JOBS.json
 
 A job is {"recipe": tree, "to": folder} to train three steps and save; with "from": checkpoint to restore and save at once.
+Unless "plain", the model has a frozen weight and a buffer beside its own, drawn from the recipe's seed: they are state too.
 """
 
 import json
@@ -22,10 +23,14 @@ from megatron_steel.train import state
 STEPS = 3
 
 
-def start(tree: dict[str, Any], device: torch.device) -> tuple[Any, Any, list[list[str]]]:
+def start(tree: dict[str, Any], device: torch.device, plain: bool = False) -> tuple[Any, Any, list[list[str]]]:
     """A fresh engine of a recipe, its initial weights drawn from another seed than any other engine's."""
     recipe = from_dict(tree)
     model = build.build_model(build.build_config(recipe.model), recipe.run.seed)
+    if not plain:
+        generator = torch.Generator().manual_seed(recipe.run.seed)
+        model.frozen = torch.nn.Parameter(torch.randn(5, 3, generator=generator), requires_grad=False)
+        model.register_buffer("counts", torch.randint(0, 1000, (4,), generator=generator))
     build.prepare_for_training(model)
     groups = build.decay_groups(model, 0.1)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -46,7 +51,7 @@ def train(engine: Any, recipe: Any) -> None:
 
 
 def run(job: dict[str, Any], device: torch.device) -> None:
-    engine, recipe, group_names = start(job["recipe"], device)
+    engine, recipe, group_names = start(job["recipe"], device, job.get("plain", False))
     progress = state.Progress(STEPS, 64 * STEPS, {})
     if "from" in job:
         progress = state.restore(engine, commit.verify(Path(job["from"])))

@@ -16,6 +16,7 @@ from conftest import finished, launcher
 
 from megatron_steel import cli, dist
 from megatron_steel.checkpoint import commit, zero
+from megatron_steel.train import state
 
 LAYOUTS = [(stage, precision) for stage in ("0", "1", "2", "3", "3_offload") for precision in ("fp32", "bf16")]
 SCRIPT = str(Path(__file__).with_name("resave.py"))
@@ -72,6 +73,9 @@ def _compare_state(source: Path, target: Path) -> None:
     for p in before.trained:
         for quantity in (zero.WEIGHT, *zero.MOMENTS):
             assert torch.equal(there[p.name].read(quantity), p.read(quantity)), (p.name, quantity)
+    assert sorted(after.others) == sorted(before.others)
+    for name, tensor in before.others.items():
+        assert torch.equal(after.others[name], tensor.to(after.others[name].dtype)), name
     _compare_module_copies(target, there)
 
 
@@ -119,7 +123,8 @@ def test_one_rank_two_ranks_one_rank(tiny_recipe, sharding, tree_of, launch, met
     source = tmp_path / "two" / "checkpoints" / commit.name_of(4)
     for layout in (("0", "bf16"), ("1", "fp32"), ("2", "bf16"), ("3", "bf16")):
         target = tmp_path / "-".join(layout)
-        resave.run({"recipe": tree_of(*layout, seed=6), "from": str(source), "to": str(target)}, dist.start())
+        job = {"recipe": tree_of(*layout, seed=6), "from": str(source), "to": str(target), "plain": True}
+        resave.run(job, dist.start())
         _compare_state(source, target / commit.name_of(4))
 
 
@@ -154,10 +159,31 @@ def test_a_checkpoint_that_does_not_say_how_it_is_cut(tiny_recipe, metrics, tmp_
     assert _curve(metrics(tmp_path / "old")) == _curve(metrics(tmp_path / "run"))  # bitwise: one rank to one rank
 
 
+@pytest.mark.parametrize(("first", "second"), [("3", "1"), ("0", "3"), ("2", "0"), ("3", "3"), ("2", "2")])
+def test_frozen_weights_buffers_and_a_live_engine(first, second, tree_of, tmp_path):
+    """What is not trained comes along; an engine that has trained on can be taken back (bitwise, also to its moments)."""
+    import resave
+
+    device = dist.start()
+    resave.run({"recipe": tree_of(first, "fp32", seed=5), "to": str(tmp_path / "from")}, device)
+    source = tmp_path / "from" / commit.name_of(3)
+    assert sorted(zero.contents(source).others) == ["counts", "frozen"]
+    engine, recipe, group_names = resave.start(tree_of(second, "fp32", seed=6), device)
+    resave.train(engine, recipe)
+    for folder in ("to", "back"):
+        progress = state.restore(engine, commit.verify(source))
+        state.save(engine, tmp_path / folder, progress, {}, group_names, keep_last=2)
+        _compare_state(source, tmp_path / folder / commit.name_of(3))
+        resave.train(engine, recipe)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2), (2, 3)])
 def test_state_from_every_layout_to_every_other(before, after, tree_of, tmp_path):
-    """100 pairs of (stage, offload, precision), each way: the bits of the fp32 state right after loading."""
+    """100 pairs of (stage, offload, precision), each way: the bits of the fp32 state right after loading.
+
+    Three ranks cut no tensor of the model evenly, so that every cut is padded.
+    """
 
     def run(ranks: int, jobs: list[dict]) -> None:
         (tmp_path / "jobs.json").write_text(json.dumps(jobs))
