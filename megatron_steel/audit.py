@@ -180,13 +180,15 @@ def _model_of_checkpoint(source: Path) -> Any:
 
     checkpoint = find_checkpoint(source)
     model = build_model(build_config(recipe_of(checkpoint).model), seed=0)
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
     missing = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in stream_weights(checkpoint.path):
-            if name not in missing or missing[name].shape != tensor.shape:
+            if name not in places or places[name].shape != tensor.shape:
                 raise SteelError(f"the checkpoint's tensor {name} {tuple(tensor.shape)} is not the model's", source,
                                  "use the version of megatron_steel and transformers that trained it")  # fmt: skip
-            missing.pop(name).copy_(tensor)
+            places[name].copy_(tensor)
+            missing.pop(name, None)
     if missing:
         raise SteelError(f"the checkpoint lacks {next(iter(missing))}", source, "use another checkpoint")
     return model

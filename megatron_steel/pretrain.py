@@ -81,7 +81,7 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
     assert config is not None
     seen = published(folder / "checkpoints")
-    checkpoint = _find_checkpoint(recipe, plan, folder, engines.zero_stage(config))
+    checkpoint = _find_checkpoint(recipe, plan, folder)
     steps = dist.together(lambda: preflight.total_steps(recipe, plan, checkpoint)) or 0
     order = preflight.plan_order(recipe, plan, steps, checkpoint)
     _announce(recipe, plan, steps, config, checkpoint)
@@ -216,7 +216,7 @@ def _device_bytes(device: "torch.device") -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // dist.ranks_on_node()
 
 
-def _find_checkpoint(recipe: Recipe, plan: preflight.RunPlan, folder: Path, stage: int) -> "Checkpoint | None":
+def _find_checkpoint(recipe: Recipe, plan: preflight.RunPlan, folder: Path) -> "Checkpoint | None":
     from megatron_steel.train import state
 
     checkpoint = state.find(folder / "checkpoints")
@@ -224,7 +224,7 @@ def _find_checkpoint(recipe: Recipe, plan: preflight.RunPlan, folder: Path, stag
         raise dist.shared(SteelError("the run folder holds a checkpoint and train.resume is never", folder,
                                      "choose another run.dir, or train.resume=auto to go on"))  # fmt: skip
     if checkpoint:
-        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, _identity(plan), stage))
+        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, _identity(plan)))
     return checkpoint
 
 

@@ -111,7 +111,7 @@ def verify(path: Path) -> Checkpoint:
     checkpoint = read_manifest(path)
     for name, entry in checkpoint.manifest["files"].items():
         file = path / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if ".." in Path(name).parts or not file.resolve().is_relative_to(path.resolve()):  # absolute, or a link out
             raise SteelError(
                 f"the manifest names a file outside the checkpoint: {name}", path, "do not use this checkpoint"
             )

@@ -1,13 +1,20 @@
-"""DeepSpeed's checkpoint files as a stream of (name, fp32 weight), for any ZeRO stage and world size.
+"""What DeepSpeed's checkpoint files hold, one tensor at a time, for any ZeRO stage and world size.
 
-Needs no process group and no GPU. ZeRO's shards are read through DeepSpeed's own lazy reader, which maps the files
-and joins one tensor's pieces at a time; two layouts that it does not know (stage 0; stage 1 in bf16) are read here. Knows nothing of
-models: names and shapes come from the files.
+1. `contents` opens the files of every rank, mapped and never run: weights-only, with three harmless classes allowed.
+2. It lists what was trained: of each parameter its fp32 weight and Adam's two moments, each a cut of flat pieces. A read
+   copies no more than what was asked for, so memory does not grow with the model or the number of ranks.
+3. `stream_weights` is that list without the moments, and what was not trained (buffers, frozen weights).
+
+Needs no process group, no GPU and nothing of DeepSpeed. Knows nothing of models: names and shapes come from the files.
 """
 
-import contextlib
-import io
+import importlib
+import os
+import pickle
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,109 +25,261 @@ if TYPE_CHECKING:
     import torch
 
 CLIENT_STATE = "megatron_steel"  # our key among DeepSpeed's own in a checkpoint: {"group_names": [[...], ...]}
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in every kernel
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # the engine's own
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+# All that DeepSpeed 0.19.8 puts into its files beside tensors and plain values.
+_ITS_CLASSES = (
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
 
 
-def stream_weights(checkpoint: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Yield every parameter once, as fp32 on the CPU; a tied weight comes under its first name only.
+@dataclass(frozen=True)
+class Stored:
+    """One trained parameter in a checkpoint: of each quantity (`weight`, the moments) the flat pieces that hold it.
+
+    The pieces of a quantity are equally long (but for padding that the last may lack) and laid end to end; the
+    parameter begins at `at`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    at: int
+    pieces: "dict[str, list[torch.Tensor]]"
+    file: Path
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+    def read(self, quantity: str, start: int = 0, count: int | None = None) -> "torch.Tensor":
+        """`count` values from `start` of a quantity, flat, fp32, on the CPU; None: all that follow.
+
+        Raises SteelError when the files do not hold them.
+        """
+        count = self.size - start if count is None else count
+        found = _slice(self.pieces[quantity], self.at + start, count) if quantity in self.pieces else None
+        if found is None or found.numel() != count:
+            raise SteelError(f"the checkpoint lacks {quantity} of {self.name}", self.file, "use another checkpoint")
+        return found.detach().float()
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint, opened: `step` is Adam's counter (0: no step was ever applied, and there are no moments)."""
+
+    trained: list[Stored]
+    others: "dict[str, torch.Tensor]"  # persistent buffers and frozen weights, in their own dtype
+    step: int
+    counters: dict[str, int]
+
+
+def stream_weights(checkpoint: Path) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Yield every parameter once, as fp32 on the CPU, then the buffers; a tied weight comes under its first name only.
 
     Args:
         checkpoint: a folder that holds `engine/`.
     Raises:
-        SteelError: when there is no engine folder or its files are not DeepSpeed's.
+        SteelError: when there is no engine folder, its files are not DeepSpeed's, or one of them is unsafe.
     """
+    opened = contents(checkpoint)
+    for parameter in opened.trained:
+        yield parameter.name, parameter.read(WEIGHT).view(parameter.shape)
+    for name, tensor in opened.others.items():
+        yield name, tensor.float() if tensor.is_floating_point() else tensor
+
+
+def contents(checkpoint: Path) -> Contents:
+    """Open a checkpoint's engine files, whatever stage and number of ranks wrote them. Raises SteelError as above."""
     engine = checkpoint / ENGINE
     if not engine.is_dir():
         raise SteelError("this is no checkpoint: it has no engine/ folder", checkpoint, "name a run or a step-N folder")
     shards = sorted(engine.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
-    if not shards:
-        yield from _stage0_weights(engine)
-    elif _stage(shards[0]) is None:
-        yield from _stage1_bf16_weights(engine, shards)
-    else:
-        yield from _zero_weights(checkpoint)
+    parts = [_load(shard)["optimizer_state_dict"] for shard in shards]
+    sharded_weights = bool(parts) and "fp32_flat_groups" in parts[0]  # ZeRO-3
+    _refuse_missing_shards(parts, engine)
+    files = _model_files(engine, sharded_weights)
+    states = [_load(file) for file in files]
+    first, where = states[0], files[0]
+    try:
+        if sharded_weights:
+            trained, step = _stage3(first["param_shapes"], parts, shards[0])
+        elif parts:
+            trained, step = _end_to_end(first["param_shapes"], parts, shards[0])
+        else:
+            trained, step = _stage0(first, where)
+        others = _untrained(states, trained, sharded_weights)
+        return Contents(trained, others, step, {name: int(first[name]) for name in COUNTERS})
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        what = f"the engine/ folder is not as this version of DeepSpeed writes it: {error!r}"
+        raise SteelError(what, where, "use another checkpoint") from error
 
 
-def _zero_weights(checkpoint: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints its progress
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        lazy = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE, lazy_mode=True)
-    seen: set[int] = set()
-    for name, pieces in lazy.items():
-        if id(pieces) in seen:
-            continue  # DeepSpeed lists a tied weight under each of its names
-        seen.add(id(pieces))
-        yield name, pieces.contiguous().float()
+def refuse_unsafe(checkpoint: Path) -> None:
+    """Open every file of `engine/` weights-only. Raises SteelError naming the first that asks for more than that."""
+    for file in sorted((checkpoint / ENGINE).rglob("*")):
+        if file.suffix == ".pt":
+            _load(file)
 
 
-def _stage1_bf16_weights(engine: Path, shards: list[Path]) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Stage 1 in bf16 with fp32 gradients has a layout of its own, which DeepSpeed's zero_to_fp32 does not read.
-
-    Each rank holds an equal cut of every group's parameters laid end to end; padding stands at the very end.
-    """
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """While DeepSpeed itself loads: whatever it asks for, torch unpickles tensors, plain values and three of its classes."""
     import torch
 
-    shapes = _load(_only(engine, "mp_rank_00_model_states.pt"))["param_shapes"]
-    cuts = [_load(shard)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for shard in shards]
+    classes = [_class_named(name) for name in _ITS_CLASSES]
+    before = {key: os.environ.pop(key, None) for key in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"  # goes before the weights_only=False in DeepSpeed's calls
+    try:
+        with torch.serialization.safe_globals(classes):
+            yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({key: value for key, value in before.items() if value is not None})
+
+
+class _Inert:
+    """Stands for DeepSpeed's small objects in its files; their content is not needed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        del arguments
+
+
+def _load(file: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([(_Inert, name) for name in _ITS_CLASSES]):
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|call|class|instance of)\s+`?([\w.]+)", str(error))
+        asks = f"asks for {named.group(1)}" if named else "is no plain data"
+        what = f"the file is unsafe: it {asks}, which loading weights never needs"
+        raise SteelError(what, file, "do not use this checkpoint; nothing of the file was run") from None
+    except Exception as error:  # torch's own kinds are many: no zip archive, a cut one, a foreign pickle
+        what = f"the file is not one that DeepSpeed writes, and unsafe or damaged: {str(error).splitlines()[0]}"
+        raise SteelError(what, file, "use another checkpoint") from error
+
+
+def _end_to_end(shapes: list[dict[str, Any]], parts: list[dict[str, Any]], file: Path) -> tuple[list[Stored], int]:
+    """Stages 1 and 2: each rank holds an equal cut of every group's parameters laid end to end, in fp32.
+
+    Padding stands at the very end, and behind each parameter where `zero_optimization.parameter_alignment` is set.
+    """
+    found, step = [], 0
     for number, group in enumerate(shapes):
-        pieces = [cut[number] for cut in cuts]
+        flats, step = _moments(parts, "base_optimizer_state", number)
+        flats[WEIGHT] = [part["single_partition_of_fp32_groups"][number] for part in parts]
+        paddings = (parts[0].get("param_alignment_paddings") or {number: [0] * len(group)})[number]
+        at = 0
+        for (name, shape), padding in zip(group.items(), paddings, strict=True):
+            found.append(Stored(name, tuple(shape), at, flats, file))
+            at += shape.numel() + padding
+    return found, step
+
+
+def _stage3(shapes: list[dict[str, Any]], parts: list[dict[str, Any]], file: Path) -> tuple[list[Stored], int]:
+    """Stage 3: every parameter is cut evenly over the ranks, and each rank lays its cuts of a sub-group end to end."""
+    found, step = [], 0
+    for number, group in enumerate(shapes):
+        flats, step = _moments(parts, "optimizer_state_dict", number)
+        flats[WEIGHT] = [part["fp32_flat_groups"][number] for part in parts]
         at = 0
         for name, shape in group.items():
-            yield name, _slice(pieces, at, shape.numel()).view(shape).to(torch.float32)
-            at += shape.numel()
+            cut = -(-shape.numel() // len(parts))
+            pieces = {quantity: [flat[at : at + cut] for flat in each] for quantity, each in flats.items()}
+            found.append(Stored(name, tuple(shape), 0, pieces, file))
+            at += cut
+    return found, step
+
+
+def _stage0(state: dict[str, Any], file: Path) -> tuple[list[Stored], int]:
+    """Stage 0: rank 0 holds all. In bf16 the fp32 weights lie in the optimizer: tensor by tensor, or a flat group each."""
+    optimizer, module = state["optimizer"], state["module"]
+    inner = optimizer.get("optimizer_state_dict", optimizer)
+    groups = state[CLIENT_STATE]["group_names"]
+    if "fp32_groups_flat" in optimizer:
+        part = {"single_partition_of_fp32_groups": optimizer["fp32_groups_flat"], "base_optimizer_state": inner}
+        return _end_to_end([{name: module[name].shape for name in group} for group in groups], [part], file)
+    found: list[Stored] = []
+    step = 0
+    masters = optimizer.get("fp32_groups") or [[module[name] for name in group] for group in groups]
+    for group, weights in zip(groups, masters, strict=True):
+        for name, weight in zip(group, weights, strict=True):
+            flats, step = _moments([{"inner": inner}], "inner", len(found))
+            pieces = {key: [tensor.flatten() for tensor in each] for key, each in flats.items()}
+            found.append(Stored(name, tuple(weight.shape), 0, {WEIGHT: [weight.flatten()], **pieces}, file))
+    return found, step
+
+
+def _moments(parts: list[dict[str, Any]], key: str, number: int) -> "tuple[dict[str, list[torch.Tensor]], int]":
+    """Of the optimizer's tensor `number`: its moments on every rank (none before the first step), and Adam's counter."""
+    states = [part[key]["state"].get(number, {}) for part in parts]
+    if any(quantity not in state for state in states for quantity in MOMENTS):
+        return {}, 0
+    # torch and DeepSpeed count in each tensor's state, apex in the group's settings.
+    group = next(g for g in parts[0][key]["param_groups"] if number in g["params"])
+    step = int(states[0]["step"] if "step" in states[0] else group["step"])
+    return {quantity: [state[quantity] for state in states] for quantity in MOMENTS}, step
+
+
+def _untrained(states: list[dict[str, Any]], trained: list[Stored], sharded_weights: bool) -> "dict[str, torch.Tensor]":
+    """Persistent buffers and frozen weights, by name."""
+    first = states[0]
+    if not sharded_weights:  # rank 0's file holds the whole module, tied weights under each name
+        known = {parameter.name for parameter in trained} | set(first.get("shared_params") or {})
+        tied = {first["module"][name].untyped_storage().data_ptr() for name in known if name in first["module"]}
+        return {
+            name: tensor
+            for name, tensor in first["module"].items()
+            if name in first["buffer_names"] or (name not in known and tensor.untyped_storage().data_ptr() not in tied)
+        }
+    frozen = {
+        name: _slice([s["frozen_param_fragments"][name].flatten() for s in states], 0, shape.numel()).view(shape)
+        for name, shape in (first.get("frozen_param_shapes") or {}).items()
+    }
+    return {name: first["module"][name] for name in first["buffer_names"]} | frozen
 
 
 def _slice(pieces: list["torch.Tensor"], start: int, count: int) -> "torch.Tensor":
     """`count` values from `start` of equal flat pieces laid end to end; copies no more than these."""
     import torch
 
-    size, found = pieces[0].numel(), []
-    for number in range(start // size, (start + count - 1) // size + 1):
+    if count == 0:
+        return torch.zeros(0)
+    size, found = max(1, pieces[0].numel()), []
+    for number in range(start // size, min(len(pieces), (start + count - 1) // size + 1)):
         found.append(pieces[number][max(0, start - number * size) : start + count - number * size])
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.zeros(0)
 
 
-def _stage0_weights(engine: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
-    state = _load(_only(engine, "mp_rank_00_model_states.pt"))
-    masters = _stage0_masters(state)
-    seen: set[int] = set()
-    for name, tensor in state["module"].items():
-        pointer = tensor.untyped_storage().data_ptr()
-        if name in state["buffer_names"] or pointer in seen:
-            continue
-        seen.add(pointer)
-        yield name, masters.get(name, tensor).float()
+def _model_files(engine: Path, sharded_weights: bool) -> list[Path]:
+    """The files with module states: one of the whole module, or under ZeRO-3 one a rank."""
+    files = sorted(engine.glob("zero_pp_rank_*_model_states.pt"), key=_rank_of) if sharded_weights else []
+    whole = engine / "mp_rank_00_model_states.pt"
+    if not files and not whole.is_file():
+        raise SteelError("the engine/ folder holds no DeepSpeed model states", whole, "use another checkpoint")
+    return files or [whole]
 
 
-def _stage0_masters(state: dict[str, Any]) -> dict[str, "torch.Tensor"]:
-    """The fp32 copies that a bf16 stage-0 run trains, by name (an fp32 run trains the module itself)."""
-    groups = (state.get("optimizer") or {}).get("fp32_groups")
-    if not groups:
-        return {}
-    names = state[CLIENT_STATE]["group_names"]
-    return {
-        name: copy
-        for group, copies in zip(names, groups, strict=True)
-        for name, copy in zip(group, copies, strict=True)
-    }
-
-
-def _only(engine: Path, name: str) -> Path:
-    if not (engine / name).is_file():
-        raise SteelError("the engine/ folder holds no DeepSpeed model states", engine / name, "use another checkpoint")
-    return engine / name
-
-
-def _load(file: Path) -> dict[str, Any]:
-    import torch
-
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-
-
-def _stage(shard: Path) -> int | None:
-    """The ZeRO stage a shard names; DeepSpeed's bf16 optimizer of stage 1 names none."""
-    return _load(shard)["optimizer_state_dict"].get("zero_stage")
+def _refuse_missing_shards(parts: list[dict[str, Any]], engine: Path) -> None:
+    said = parts[0].get("partition_count") if parts else None
+    ranks = said[0] if isinstance(said, list) else said  # one number a group, all the same without experts
+    if ranks not in (None, len(parts)):
+        what = f"the engine/ folder holds {len(parts)} optimizer files of {ranks}"
+        raise SteelError(what, engine, "use another checkpoint")
 
 
 def _rank_of(shard: Path) -> int:
     return int(shard.name.split("zero_pp_rank_")[1].split("_")[0])
+
+
+def _class_named(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

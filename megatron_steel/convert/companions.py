@@ -13,6 +13,7 @@ from megatron_steel import dist
 from megatron_steel.errors import SteelError
 from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
 from megatron_steel.model.configuration_steel import SteelConfig
+from megatron_steel.model.folder import refuse_outside
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -132,7 +133,11 @@ def copy_tokenizer(source: Path, folder: Path, original: "Tokenizer") -> None:
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> list[Path]:
-    """Copy whatever belongs to a tokenizer, byte for byte. Returns the files found."""
+    """Copy whatever belongs to a tokenizer, byte for byte. Returns the files found.
+
+    Raises SteelError where a link would bring a file from elsewhere into what is published.
+    """
+    refuse_outside(source)
     found = [file for pattern in _TOKENIZER_FILES for file in sorted(source.glob(pattern)) if file.is_file()]
     for file in found:
         shutil.copyfile(file, folder / file.name)

@@ -10,6 +10,7 @@ The dtype on disk is kept. Knows nothing of runs and checkpoints.
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
+from megatron_steel.model.folder import refuse_outside
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +53,7 @@ def import_hf(source: str | os.PathLike[str], output: str | os.PathLike[str], tr
 
     folder, target = Path(source), Path(output).absolute()
     refuse_used(target)
+    refuse_outside(folder)
     tree = _config_json(folder)
     with publishing(target, "import") as aside:
         said = _import_steel(folder, tree, aside) if is_published(folder) else _copy(folder, aside, trust_code)
@@ -73,6 +76,9 @@ def read_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
     for file, names in weight_files(folder).items():
         try:
             tensors = _open(file)
+        except pickle.UnpicklingError as error:
+            what = f"the weights are unsafe: {str(error).splitlines()[0]}"
+            raise SteelError(what, file, "use safetensors, or a folder that you trust") from error
         except Exception as error:  # the readers' own classes are many
             raise SteelError(f"the weights cannot be read: {error}", file, "fetch the file again") from error
         for name in names if names is not None else list(tensors):

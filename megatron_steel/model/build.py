@@ -12,6 +12,7 @@ class initialises weights silently wrong. Knows nothing of ranks, data or the op
 import difflib
 import inspect
 import json
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_steel.errors import SteelError
 from megatron_steel.model.configuration_steel import SteelConfig
+from megatron_steel.model.folder import refuse_outside
 from megatron_steel.model.modeling_steel import MIXTURES, SteelForCausalLM
 from megatron_steel.model.training import prepare_for_training
 
@@ -155,6 +157,7 @@ def _known_fields(cls: type[PretrainedConfig]) -> set[str]:
 
 def _config_of_folder(path: str, trust_code: bool) -> PretrainedConfig:
     file = Path(path) / "config.json"
+    refuse_outside(Path(path))
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         model_type = content.get("model_type")
@@ -179,6 +182,7 @@ def _config_of_folder(path: str, trust_code: bool) -> PretrainedConfig:
 def _load_weights(config: PretrainedConfig, folder: str, trust_code: bool) -> PreTrainedModel:
     if not Path(folder, "config.json").is_file():
         raise SteelError("there is no Hugging Face model to start from", folder, "mend model.init_from")
+    refuse_outside(Path(folder))
     cls: Any = SteelForCausalLM if isinstance(config, SteelConfig) else AutoModelForCausalLM
     settings: dict[str, Any] = {} if isinstance(config, SteelConfig) else {"trust_remote_code": trust_code}
     try:
@@ -187,6 +191,9 @@ def _load_weights(config: PretrainedConfig, folder: str, trust_code: bool) -> Pr
                 folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, **settings,
             )  # fmt: skip
+    except pickle.UnpicklingError as error:  # transformers reads weights-only: nothing was run
+        what = f"the weights are unsafe: {str(error).splitlines()[0]}"
+        raise SteelError(what, folder, "use safetensors, or a folder that you trust") from error
     except Exception as error:
         raise SteelError(f"the weights cannot be read: {error}", folder, "mend model.init_from") from error
     problems = []

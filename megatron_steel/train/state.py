@@ -1,7 +1,8 @@
 """Save and load a run: DeepSpeed's files inside a committed checkpoint, and what else the run needs to go on.
 
-The manifest carries step, tokens, the order of data (a few numbers) and the recipe; DeepSpeed's files carry
-weights and optimizer. Nothing random is saved: each step seeds the generators from (seed, step, rank).
+The manifest carries step, tokens, the order of data (a few numbers), the recipe and how the shards are cut; DeepSpeed's
+files carry weights and optimizer. Nothing random is saved: each step seeds the generators from (seed, step, rank).
+Where the shards are cut as this run would cut them, DeepSpeed loads them; else `elastic` does.
 """
 
 import importlib.metadata
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import __version__, dist
-from megatron_steel.checkpoint import commit
+from megatron_steel.checkpoint import commit, zero
 from megatron_steel.checkpoint.zero import CLIENT_STATE
 from megatron_steel.errors import SteelError
 from megatron_steel.recipe import Recipe
+from megatron_steel.train import elastic
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -50,7 +52,8 @@ def save(
         # `latest` is DeepSpeed's pointer, written before all ranks are done: never made, never read.
         engine.save_checkpoint(str(aside), tag=commit.ENGINE, client_state=client_state, save_latest=False)
 
-    entry = {"tokens": progress.tokens, "order": progress.order, **facts, "versions": versions()}
+    entry = {"tokens": progress.tokens, "order": progress.order, **facts, "layout": elastic.layout_of(engine),
+             "versions": versions()}  # fmt: skip
     path = commit.write(folder, progress.step, write_files, entry)
     if dist.is_main():
         commit.prune(folder, keep_last, progress.step)
@@ -70,29 +73,55 @@ def find(folder: Path) -> commit.Checkpoint | None:
 
 
 def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progress:
-    """Load weights and optimizer from a verified checkpoint.
+    """Load weights, optimizer and counters from a verified checkpoint, whatever number of ranks, ZeRO stage and
+    precision wrote it; a collective call. No pickle in it is run.
 
     DeepSpeed restores the optimizer's settings too; the recipe's are put back, for they may have changed.
     """
-    settings = [
-        {key: group[key] for key in ("betas", "eps", "weight_decay")} for group in engine.optimizer.param_groups
-    ]
-    loaded, client_state = engine.load_checkpoint(str(checkpoint.path), tag=commit.ENGINE)
-    if loaded is None or CLIENT_STATE not in client_state:
-        raise SteelError("DeepSpeed did not load the checkpoint", checkpoint.path, "use another checkpoint")
-    for group, wanted in zip(engine.optimizer.param_groups, settings, strict=True):
+    optimizer, path = engine.optimizer, checkpoint.path
+    settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
+    clip = getattr(optimizer, "clip_grad", None)
+    dist.together(lambda: zero.refuse_unsafe(path), only=dist.is_main())
+    before, now = checkpoint.manifest.get("layout"), elastic.layout_of(engine)
+    if before == now:
+        with zero.weights_only():
+            loaded, client_state = engine.load_checkpoint(str(path), tag=commit.ENGINE)
+        if loaded is None or CLIENT_STATE not in client_state:
+            raise SteelError("DeepSpeed did not load the checkpoint", path, "use another checkpoint")
+    else:
+        dist.log.info("%s", _what_changed(before, now))
+        elastic.load(engine, path)
+    for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         group.update(wanted)
-    manifest = checkpoint.manifest
-    return Progress(checkpoint.step, manifest["tokens"], manifest["order"])
+    if clip is not None:
+        optimizer.clip_grad = clip
+    return Progress(checkpoint.step, checkpoint.manifest["tokens"], checkpoint.manifest["order"])
 
 
-def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, now: dict[str, Any], stage: int) -> None:
+def _what_changed(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
+    """One line about a checkpoint that is loaded into another layout than it was written from."""
+    if before is None:
+        return "the checkpoint does not say how its shards are cut: they are read and cut anew"
+
+    def told(layout: dict[str, Any]) -> str:
+        ranks = f"{layout['ranks']} rank{'' if layout['ranks'] == 1 else 's'}"
+        return f"{ranks} with ZeRO {layout['stage']} in {layout['dtype']}"
+
+    if told(before) != told(now):
+        return f"the checkpoint was written by {told(before)}; going on with {told(now)}"
+    if before["optimizer"] != now["optimizer"]:
+        return f"the checkpoint was written by {before['optimizer']}; going on with {now['optimizer']}"
+    return "the checkpoint's shards are cut otherwise than this run's (sub-groups, offload, alignment): cut anew"
+
+
+def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, now: dict[str, Any]) -> None:
     """Raise SteelError naming the first thing that cannot change between a checkpoint and its continuation.
+
+    Ranks, micro-batch, ZeRO stage and precision can (`restore`).
 
     Args:
         now: of the run as it starts now: `model_config` and `tokenizer`, as the manifest holds them. Paths may
             change, what lies there not.
-        stage: the run's ZeRO stage now.
     """
     manifest = checkpoint.manifest
     remedy = "restore it, or start another run with run.dir=..."
@@ -108,14 +137,6 @@ def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, now: dict[st
     if decayed != recipe.optim.weight_decay_on:
         what = f"optim.weight_decay_on was {decayed} and is now {recipe.optim.weight_decay_on}"
         raise SteelError(what, checkpoint.path, remedy)
-    world, zero = manifest["world_size"], manifest["zero_stage"]
-    if (world, zero, manifest["recipe"]["train"]["precision"]) != (dist.world_size(), stage, recipe.train.precision):
-        raise SteelError(
-            f"the checkpoint was written by {world} ranks with ZeRO stage {zero} in {manifest['recipe']['train']['precision']}; "
-            f"this is {dist.world_size()} ranks with stage {stage} in {recipe.train.precision}",
-            checkpoint.path,
-            "resume with the same number of ranks, stage and precision",
-        )
 
 
 def versions() -> dict[str, str]:

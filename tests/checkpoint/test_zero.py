@@ -44,3 +44,43 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "engine").mkdir()
     with pytest.raises(SteelError, match="no DeepSpeed model states"):
         next(stream_weights(tmp_path))
+
+
+def test_streaming_holds_no_more_than_a_tensor(tmp_path):
+    """64 MB of weights and twice as much of moments in two shards of ZeRO-2; anonymous memory grows by less than three
+    tensors of 4 MB (mapped pages of the files are the kernel's to drop)."""
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    shapes = {f"w{n}": torch.Size([1024, 1024]) for n in range(16)}
+    half = torch.arange(8 * 2**20, dtype=torch.float32)
+    states = {"exp_avg": half + 1, "exp_avg_sq": half + 2, "step": torch.tensor(7.0)}
+    for rank in range(2):
+        inner = {"state": {0: states}, "param_groups": [{"params": [0]}]}
+        part = {"single_partition_of_fp32_groups": [half + 2.0**23 * rank], "base_optimizer_state": inner}
+        torch.save({"optimizer_state_dict": part}, engine / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    first = {"param_shapes": [shapes], "module": {}, "buffer_names": [], "global_steps": 7, "global_samples": 56,
+             "skipped_steps": 0}  # fmt: skip
+    torch.save(first, engine / "mp_rank_00_model_states.pt")
+    del half, states, inner, part
+    code = """
+import sys
+from pathlib import Path
+import torch
+from megatron_steel.checkpoint.zero import contents, stream_weights
+def anonymous():
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+torch.cat([torch.zeros(9), torch.zeros(9)])
+before, most = anonymous(), 0.0
+for number, (name, weight) in enumerate(stream_weights(Path(sys.argv[1]))):
+    assert name == f"w{number}" and float(weight[0, 0]) == number * 2.0**20
+    most = max(most, anonymous() - before)
+opened = contents(Path(sys.argv[1]))
+assert opened.step == 7
+for parameter in opened.trained:
+    parameter.read("exp_avg_sq")
+    most = max(most, anonymous() - before)
+print(most)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=one_thread())
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 12
