@@ -80,13 +80,18 @@ def write(
 
     Returns: the published folder. Raises NotWritten on every rank when one could not write; nothing is published then.
     """
-    for pause in _PAUSES:
+    aside = folder / f".{name_of(step)}.tmp"
+    for pause in (*_PAUSES, None):
         try:
             return _write_once(folder, step, write_files, facts, expected_bytes)
-        except Stumbled as error:
+        except NotWritten as error:
+            if dist.is_main():
+                shutil.rmtree(aside, ignore_errors=True)  # what is left of it may be what fills the disk
+            if pause is None or not isinstance(error, Stumbled):
+                raise
             dist.log.warning("%s\n  trying again in %.0f s", error, pause)
             time.sleep(pause)
-    return _write_once(folder, step, write_files, facts, expected_bytes)
+    raise AssertionError("the last try returns or raises")
 
 
 def _write_once(
