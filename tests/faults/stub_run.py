@@ -7,6 +7,7 @@ given number, as SIGKILL or as a power cut would.
 """
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -43,6 +44,12 @@ class Stub:
     def __exit__(self, *exception):
         self._server.stdin.close()
         self._server.wait(60)
+
+    def below(self, name):
+        """The same server, with a folder of its own."""
+        other = copy.copy(self)
+        other.root = self.root / name
+        return other
 
     def start(self, folder, **job) -> int:
         """Start a child that trains in `folder`; returns its process id."""
@@ -88,12 +95,15 @@ def starts(folder, rank=0) -> list[int]:
     return [int(line) for line in (Path(folder) / f"starts-{rank}.txt").read_text().split()]
 
 
+@contextlib.contextmanager
 def fast_folder(tmp_path_factory):
     """A folder in memory where there is one: kills are about processes, and the disk may be slow and shared."""
     shared = Path("/dev/shm")
     if os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 2 << 30:
-        return tempfile.TemporaryDirectory(dir=shared, prefix="steel-faults-")
-    return contextlib.nullcontext(tmp_path_factory.mktemp("faults"))
+        with tempfile.TemporaryDirectory(dir=shared, prefix="steel-faults-") as folder:
+            yield Path(folder)
+    else:
+        yield tmp_path_factory.mktemp("faults")
 
 
 def _write_data(prefixes):
@@ -391,7 +401,7 @@ def _serve():
 
     import megatron_steel.data.loader
     import megatron_steel.data.manifest
-    import megatron_steel.train.state  # noqa: F401
+    import megatron_steel.train.state
 
     torch.set_num_threads(1)
     warm = Engine(0, 1, 0)  # the first step and the first save import a lot

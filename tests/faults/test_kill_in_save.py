@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from stub_run import Stub, curve, fast_folder, starts
+from stub_run import curve, starts
 
 from megatron_steel.checkpoint import commit
 
 
 @pytest.fixture(scope="module")
-def stub(tmp_path_factory):
-    with fast_folder(tmp_path_factory) as root, Stub(root) as stub:
-        yield stub
+def stub(stub_server):
+    stub = stub_server.below("kill_in_save")
+    return stub
 
 
 def newest(folder):
@@ -79,7 +79,7 @@ def test_kills_at_random_moments(stub, kills, in_saves, record_property):
     folder, aim = stub.root / f"random-{kills}", random.Random(kills)
     done = hits = had = 0
     lost = []
-    folder.mkdir()
+    folder.mkdir(parents=True)
     saves = folder / "saves.txt"
     saves.touch()
     while done < kills or hits < in_saves:
@@ -189,7 +189,8 @@ def test_kills_in_deepspeeds_own_saves(tiny_recipe, metrics, launch, tmp_path, r
         process = subprocess.Popen(launch_command(ranks, *arguments, f"run.dir={run}"), env=one_thread(),
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         wait_for(lambda before=before: newest_name(checkpoints) > before, 200)  # one more than before
-        wait_for(lambda: list(checkpoints.glob(".step-*.tmp")) or process.poll() is not None, 60)
+        ended = process.poll
+        wait_for(lambda ended=ended: list(checkpoints.glob(".step-*.tmp")) or ended() is not None)
         time.sleep(aim.uniform(0, 0.05))
         assert process.poll() is None, "it was done before it could be killed"
         os.killpg(process.pid, signal.SIGKILL)
