@@ -9,6 +9,7 @@ Exit codes are those of `errors.py`; all ranks leave together.
 import contextlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ def run(name: str, overrides: list[str], dry_run: bool = False) -> None:
     from megatron_steel.train.watch import Watch
 
     recipe = load_recipe(name, overrides)
+    os.umask(os.umask(0o077) | stat.S_IWOTH)  # checkpoints are for their owner, and perhaps a group, to change
     watch = Watch(recipe.train.stop_after_minutes)  # before anything slow, so that no signal is lost
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
