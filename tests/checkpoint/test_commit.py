@@ -139,12 +139,18 @@ def test_a_changed_manifest_is_found(tmp_path):
         commit.verify(path)
 
 
-def test_a_full_disk_in_torch_save_is_named(tmp_path):
+def test_a_full_disk_in_torch_save_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(commit, "_PAUSES", (0.0, 0.0))
+    tries = []
+
     def fail(aside):
+        tries.append((aside / "half").write_bytes(b"x"))
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
 
     with pytest.raises(SteelError, match=r"could not be written: \[enforce fail"):
         commit.write(tmp_path, 1, fail, {})
+    assert len(tries) == 3
+    assert list(tmp_path.iterdir()) == []
     assert commit.newest_whole(tmp_path) == (None, [])
 
 
