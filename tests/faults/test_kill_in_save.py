@@ -57,12 +57,15 @@ def test_a_save_does_what_it_promises_in_this_order(operations):
 
 
 # A kill leaves what was done; a power cut also loses half of every file that was not synced, and what was renamed.
-@pytest.mark.parametrize("power", [None, "renames", pytest.param("files", marks=pytest.mark.slow)])
-def test_a_kill_at_every_operation_of_a_save(stub, golden, operations, power):
+@pytest.mark.parametrize(
+    ("power", "every"),
+    [(None, 1), ("renames", 3), *(pytest.param(power, 1, marks=pytest.mark.slow) for power in ("renames", "files"))],
+)
+def test_a_kill_at_every_operation_of_a_save(stub, golden, operations, power, every):
     renamed = next(i for i, o in enumerate(operations, 1) if o.startswith("rename .step-00000006.tmp"))
     lasting = renamed if power != "renames" else operations.index("fsync checkpoints") + 1
-    for at in range(1, len(operations) + 1):
-        folder = stub.root / f"kill-{power}-{at}"
+    for at in range(1, len(operations) + 1, every):
+        folder = stub.root / f"kill-{power}-{every}-{at}"
         stub.run(folder, -signal.SIGKILL, **SAVE, kill={"step": 6, "how": {"at": at, "power": power}})
         assert newest(folder) == (6 if at > lasting else 4), operations[at - 1]
         commit.verify(folder / "checkpoints" / "step-00000004")

@@ -22,11 +22,12 @@ def golden(stub):
     return rows
 
 
-def test_every_step_but_the_last_is_a_good_place_to_resume(stub, golden):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_step_but_the_last_is_a_good_place_to_resume(stub, golden, every):
     ends = {EPOCH * epoch // BATCH + near for epoch in (1, 2) for near in (-1, 0, 1)}
     assert ends < set(range(1, STEPS))
-    for step in range(1, STEPS):
-        folder = stub.root / f"from-{step}"
+    for step in sorted({*range(1, STEPS, every), *ends, STEPS - 1}):
+        folder = stub.root / f"every-{every}-from-{step}"
         checkpoint = stub.root / "golden" / "checkpoints" / f"step-{step:08d}"
         stub.run(folder, steps=STEPS, save_every=STEPS, checkpoint=str(checkpoint))
         assert curve(folder) == {s: row for s, row in golden.items() if s > step}, step
