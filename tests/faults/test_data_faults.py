@@ -127,7 +127,7 @@ def test_a_bin_that_shrinks_while_it_is_trained_on(pretrain, prefix, tmp_path):
     """No SIGBUS: a data fault that names the file, and exit code 78."""
 
     def shrink():
-        while not (tmp_path / "run" / "metrics.jsonl").is_file():
+        while not ((file := tmp_path / "run" / "metrics.jsonl").is_file() and file.read_text()):
             time.sleep(0.01)
         os.truncate(f"{prefix}.bin", 5000)
 

@@ -189,14 +189,13 @@ def test_deepspeed_on_two_ranks(tiny_recipe, launch, metrics, tmp_path, stage, l
     sizes = {p.name: p.stat().st_size for p in (run / "checkpoints/step-00000002/engine").iterdir()}
     large = sorted(name for name, size in sizes.items() if size > limit)
     assert len(large) == (2 if stage == "zero3.json" else 1), sizes
-    began = time.monotonic()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
+        # A rank that waited for the other would wait 30 minutes: `finished` gives up long before.
         done = finished(launch_command(2, *arguments, "train.steps=20", "schedule.name=constant"), 78)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert time.monotonic() - began < 240
     assert (done.stdout + done.stderr).count("NOT SAVED at step") == 2
     assert steps(run) == [2]
     launch(2, *arguments, "train.steps=4", "schedule.name=constant")
