@@ -108,6 +108,7 @@ def plan_order(recipe: Recipe, plan: RunPlan, steps: int, checkpoint: "Checkpoin
     from megatron_steel.data.segments import plan as plan_segments
 
     def make() -> "OrderState":
+        _refuse_replaced(plan, checkpoint)
         before = from_json(checkpoint.manifest["order"], checkpoint.path) if checkpoint else None
         batch = recipe.train.global_batch_size
         # A checkpoint fixes how many samples its steps took, also where the batch was another then.
@@ -117,6 +118,20 @@ def plan_order(recipe: Recipe, plan: RunPlan, steps: int, checkpoint: "Checkpoin
     order = dist.together(make)
     assert order is not None
     return order
+
+
+def _refuse_replaced(plan: RunPlan, checkpoint: "Checkpoint | None") -> None:
+    """Data may be added and taken away in mid-run; another content of the same name and size is a mistake."""
+    before = checkpoint.manifest.get("data", []) if checkpoint else []
+    known = {entry["digest"] for entry in before}
+    sizes = {(entry["name"], entry["tokens"]) for entry in before}
+    for member in plan.train:
+        name = Path(member.prefix).name
+        if member.digest not in known and (name, member.tokens) in sizes:
+            what = f"the content of {name} has changed since the checkpoint, and its size has not"
+            raise SteelError(
+                what, member.prefix, "restore the files; if the change is meant, give the data another name"
+            )
 
 
 def open_dataset(members: "list[Member]", order: "OrderState") -> "BlendedDataset":

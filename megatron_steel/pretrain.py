@@ -9,6 +9,7 @@ Exit codes are those of `errors.py`; all ranks leave together.
 import contextlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ def run(name: str, overrides: list[str], dry_run: bool = False) -> None:
     from megatron_steel.train.watch import Watch
 
     recipe = load_recipe(name, overrides)
+    os.umask(os.umask(0o077) | stat.S_IWOTH)  # checkpoints are for their owner, and perhaps a group, to change
     watch = Watch(recipe.train.stop_after_minutes)  # before anything slow, so that no signal is lost
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -69,7 +71,7 @@ def run(name: str, overrides: list[str], dry_run: bool = False) -> None:
 
 
 def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool) -> None:
-    from megatron_steel.checkpoint.commit import published
+    from megatron_steel.checkpoint.commit import published, warn_of_space
     from megatron_steel.data.loader import Loader
     from megatron_steel.train import engine as engines
     from megatron_steel.train import loop, state
@@ -92,6 +94,9 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
         return
 
     held = dist.together(lambda: _open_folder(folder, recipe, config, seen), only=dist.is_main())
+    if dist.is_main():
+        room = 2 if checkpoint else recipe.train.keep_last + 1
+        warn_of_space(folder / "checkpoints", state.first_checkpoint_bytes(plan.parameters), room)
     engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
     facts = _facts(recipe, plan, config)
@@ -101,10 +106,10 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
     with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask) as loader:
 
-        def save(step: int, tokens: int) -> None:
+        def save(step: int, tokens: int) -> Path:
             now = state.Progress(step, tokens, loader.state.to_json())
-            path = state.save(engine, folder / "checkpoints", now, facts, group_names, recipe.train.keep_last)
-            dist.log.info("saved %s", path)
+            kept = recipe.train.keep_last, recipe.train.keep_every_steps
+            return state.save(engine, folder / "checkpoints", now, facts, group_names, *kept)
 
         job = loop.Job(
             engine=engine,
@@ -113,7 +118,7 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
             watch=watch,
             next_batches=loader.step,
             validation=preflight.validation_batches_of(recipe, plan),
-            save=save,
+            save=state.Saves(save),
             position=lambda: preflight.position(loader.state, plan.train),
             out_of_memory=_out_of_memory(recipe, plan, device),
             steps=steps,

@@ -117,7 +117,9 @@ class Train(_Section):
     """Validation samples per evaluation (fewer when the validation data is shorter)."""
     save_every_steps: int = 1000
     keep_last: int = 2
-    """Whole checkpoints kept; older ones are deleted after a newer one is whole."""
+    """Whole checkpoints kept, at least two; older ones are deleted after a newer one is whole."""
+    keep_every_steps: int | None = None
+    """Checkpoints of steps that this divides are never deleted: a multiple of `save_every_steps`."""
     activation_checkpointing: bool = False
     deterministic: bool = False
     """On a GPU: deterministic kernels, so that a resumed run repeats losses bitwise (slower)."""
@@ -265,7 +267,8 @@ def _impossible_values(recipe: Recipe) -> list[str]:
         "train.steps": t.steps, "train.tokens": t.tokens, "train.epochs": t.epochs,
         "train.log_every_steps": t.log_every_steps, "train.eval_every_steps": t.eval_every_steps,
         "train.eval_samples": t.eval_samples, "train.save_every_steps": t.save_every_steps,
-        "train.keep_last": t.keep_last, "train.stop_after_minutes": t.stop_after_minutes,
+        "train.keep_last": t.keep_last, "train.keep_every_steps": t.keep_every_steps,
+        "train.stop_after_minutes": t.stop_after_minutes,
     }  # fmt: skip
     problems = [
         f"{key}: {value} must be above 0 and finite"
@@ -279,6 +282,9 @@ def _impossible_values(recipe: Recipe) -> list[str]:
     problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if not 0 <= value < math.inf]
     if not all(0 <= beta < 1 for beta in o.betas):
         problems.append(f"optim.betas: {list(o.betas)} are not both in [0, 1)")
+    if t.keep_every_steps and t.keep_every_steps % t.save_every_steps:
+        what = f"{t.keep_every_steps} is no multiple of train.save_every_steps ({t.save_every_steps})"
+        problems.append(f"train.keep_every_steps: {what}")
     for key, prefixes in (("data.train", d.train), ("data.validation", d.validation)):
         if isinstance(prefixes, list):
             problems += _weights_problems(key, prefixes)

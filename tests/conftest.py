@@ -119,6 +119,15 @@ def launch_many():
     return run
 
 
+@pytest.fixture(scope="session")
+def stub_server(tmp_path_factory):
+    """Runs with a stub engine, in child processes made to be killed: `faults/stub_run.py`."""
+    from stub_run import Stub, fast_folder
+
+    with fast_folder(tmp_path_factory) as root, Stub(root) as server:
+        yield server
+
+
 def finished(command: list[str], expect: int = 0) -> subprocess.CompletedProcess:
     done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=400)
     assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]

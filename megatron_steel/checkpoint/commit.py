@@ -1,20 +1,24 @@
 """A checkpoint exists only when it is whole: write aside, hash, sync, manifest last, rename.
 
-1. All ranks write their files into `checkpoints/.step-N.tmp/` (`write`).
-2. Every file is hashed and synced; the work is shared between the ranks.
+1. Room is made sure of, then all ranks write their files into `checkpoints/.step-N.tmp/` (`write`).
+2. Each rank syncs and hashes what it wrote: no other machine can sync it, and here it still is in memory.
 3. Rank 0 writes `manifest.json` (size and SHA-256 of every file, and what the run needs to go on), syncs it,
    and renames the folder to `step-N`. Before the rename there is no checkpoint, after it there is a whole one.
-4. `newest_whole` scans the folder, newest first, and verifies; no pointer file is trusted.
+4. `prune` deletes old ones, only once the new one is whole.
+5. `newest_whole` scans the folder, newest first, and verifies; no pointer file is trusted.
 
 Knows nothing of what the files hold: DeepSpeed's part is passed in as a function.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,16 @@ MANIFEST = "manifest.json"
 ENGINE = "engine"  # the folder inside a checkpoint that holds DeepSpeed's own files
 _NAME = re.compile(r"^step-(\d{8,})$")
 _CHUNK = 1 << 24
+_PAUSES = (1.0, 5.0)  # seconds before another try
+_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # same at the next try
+
+
+class NotWritten(SteelError):  # noqa: N818  (it says what happened)
+    """A checkpoint could not be written. Older ones are untouched, and a later save may succeed."""
+
+
+class Stumbled(NotWritten):
+    """As above, for a reason that may be gone in a moment (an I/O error, a network file system)."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +53,68 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    @property
+    def bytes(self) -> int:
+        return sum(entry["size"] for entry in self.manifest["files"].values())
+
 
 def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write(folder: Path, step: int, write_files: Callable[[Path], None], facts: dict[str, Any]) -> Path:
-    """Publish a checkpoint; a collective call.
+def write(
+    folder: Path,
+    step: int,
+    write_files: Callable[[Path], Iterable[Path] | None],
+    facts: dict[str, Any],
+    expected_bytes: int = 0,
+) -> Path:
+    """Publish a checkpoint; a collective call. An I/O error is tried again twice.
 
     Args:
         folder: the run's `checkpoints/`, on a file system that all ranks share.
-        write_files: called on every rank with the folder to fill.
+        write_files: called on every rank with the folder to fill; returns what this rank wrote (rank 0 takes care
+            of files that nobody names).
         facts: plain values for the manifest, the same on every rank.
+        expected_bytes: about how large a run's first checkpoint is; later ones are as large as the one before.
 
-    Returns: the published folder. Raises SteelError on every rank when one could not write; nothing is published then.
+    Returns: the published folder. Raises NotWritten on every rank when one could not write; nothing is published then.
     """
+    aside = folder / f".{name_of(step)}.tmp"
+    for pause in (*_PAUSES, None):
+        try:
+            return _write_once(folder, step, write_files, facts, expected_bytes)
+        except NotWritten as error:
+            if dist.is_main():
+                shutil.rmtree(aside, ignore_errors=True)  # what is left of it may be what fills the disk
+            if pause is None or not isinstance(error, Stumbled):
+                raise
+            dist.log.warning("%s\n  trying again in %.0f s", error, pause)
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _write_once(
+    folder: Path,
+    step: int,
+    write_files: Callable[[Path], Iterable[Path] | None],
+    facts: dict[str, Any],
+    expected_bytes: int,
+) -> Path:
     final, aside = folder / name_of(step), folder / f".{name_of(step)}.tmp"
-    dist.together(lambda: _fresh_folder(aside), only=dist.is_main())
-    dist.together(lambda: _explain_disk(lambda: write_files(aside), aside))
-    names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
-    mine = dist.together(lambda: _explain_disk(lambda: _hashes(aside, names[dist.rank() :: dist.world_size()]), aside))
-    files = {name: entry for part in dist.gather(mine or {}) for name, entry in part.items()}
+
+    def together(action: Callable[[], Any], only: bool = True) -> Any:
+        return dist.together(lambda: _explain_disk(action, aside), only)
+
+    together(lambda: _fresh_folder(aside, expected_bytes), only=dist.is_main())
+    claimed = dist.gather(together(lambda: sorted(write_files(aside) or ())))
+    mine = claimed[dist.rank()]
+    if dist.is_main():
+        mine = sorted({*_files(aside)} - {path for part in claimed[1:] for path in part})
+    hashed = dist.gather(together(lambda: _sync_and_hash(aside, mine)))
+    files = {name: entry for part in hashed for name, entry in part.items()}
     manifest = sealed({"format_version": 1, "step": step, **facts, "files": dict(sorted(files.items()))})
-    dist.together(lambda: _explain_disk(lambda: _publish(aside, final, manifest), aside), only=dist.is_main())
+    together(lambda: _publish(aside, final, manifest), only=dist.is_main())
     return final
 
 
@@ -108,6 +161,19 @@ def read_manifest(path: Path) -> Checkpoint:
 
 def verify(path: Path) -> Checkpoint:
     """Compare every file with its size and SHA-256. Raises SteelError naming the first file that differs."""
+    checkpoint = _measured(path)
+    for name, entry in checkpoint.manifest["files"].items():
+        try:
+            found = _sha256(path / name)
+        except OSError as error:
+            raise _damaged(path, f"{name} cannot be read ({error.strerror})") from None
+        if found != entry["sha256"]:
+            raise _damaged(path, f"the content of {name} has changed")
+    return checkpoint
+
+
+def _measured(path: Path) -> Checkpoint:
+    """A checkpoint whose files are all there in their sizes. Raises SteelError naming the first that is not."""
     checkpoint = read_manifest(path)
     for name, entry in checkpoint.manifest["files"].items():
         file = path / name
@@ -118,28 +184,64 @@ def verify(path: Path) -> Checkpoint:
         size = file.stat().st_size if file.is_file() else None
         if size != entry["size"]:
             found = "missing" if size is None else f"{size} bytes"
-            raise SteelError(f"the checkpoint is damaged: {name} is {found}, the manifest says {entry['size']} bytes",
-                             path, "use another checkpoint")  # fmt: skip
-        if _sha256(file) != entry["sha256"]:
-            raise SteelError(
-                f"the checkpoint is damaged: the content of {name} has changed", path, "use another checkpoint"
-            )
+            raise _damaged(path, f"{name} is {found}, the manifest says {entry['size']} bytes")
     return checkpoint
 
 
-def prune(folder: Path, keep_last: int, newest: int) -> list[Path]:
-    """Delete all but the last `keep_last` (at least two) checkpoints up to step `newest`, and leftovers of crashes.
+def _damaged(path: Path, what: str) -> SteelError:
+    return SteelError(f"the checkpoint is damaged: {what}", path, "use another checkpoint")
 
-    Rank 0 only. `newest` is the step just written: folders of later steps are damaged ones that were passed over and
-    must not count as kept. A folder is renamed out of sight first, so that a kill in mid-delete leaves no half.
+
+def prune(folder: Path, keep_last: int, newest: int, keep_every: int | None = None) -> list[Path]:
+    """Delete what is older than the last `keep_last` (at least two) checkpoints up to step `newest`; return it.
+
+    Rank 0 only. Leftovers of crashes go too; steps that `keep_every` divides stay. `newest` is the step just written:
+    folders of later steps are damaged ones that were passed over and must not count as kept, nor does one that has
+    lost a file. A folder is renamed out of sight first, so that a kill in mid-delete leaves no half. What cannot be
+    deleted stays, with a warning.
     """
-    doomed = [path for path in published(folder) if _step_of(path) <= newest][: -max(2, keep_last)]
-    for path in doomed:
-        hidden = path.with_name(f".{path.name}.deleted")
-        os.replace(path, hidden)
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    upto = [path for path in published(folder) if _step_of(path) <= newest]
+    kept = [path for path in upto if _is_measured(path)][-max(2, keep_last) :]
+    old = [path for path in upto if kept and _step_of(path) < _step_of(kept[0])]
+    doomed = [path for path in old if not keep_every or _step_of(path) % keep_every]
+    try:
+        for path in doomed:
+            os.replace(path, path.with_name(f".{path.name}.deleted"))
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+    except OSError as error:
+        dist.log.warning("an old checkpoint could not be deleted: %s", error)
     return doomed
+
+
+def _is_measured(path: Path) -> bool:
+    try:
+        return bool(_measured(path))
+    except (SteelError, OSError):
+        return False
+
+
+def expected_size(folder: Path, first: int) -> int:
+    """Bytes of the next checkpoint: as many as the newest has, or `first` where there is none."""
+    for path in reversed(published(folder)):
+        if _is_measured(path):
+            return read_manifest(path).bytes
+    return first
+
+
+def warn_of_space(folder: Path, expected_bytes: int, checkpoints: int) -> None:
+    """Say so when there is no room for that many more checkpoints; `expected_bytes` as in `write`. Rank 0 only."""
+    needed = expected_size(folder, expected_bytes)
+    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+    if free < checkpoints * needed:
+        dist.log.warning(
+            "the disk is nearly full: a checkpoint takes %s and %s are free in %s: free space, or saving will fail",
+            _gib(needed), _gib(free), folder,
+        )  # fmt: skip
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB ({count:,} bytes)"
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -149,18 +251,30 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return json.loads(text) | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _fresh_folder(path: Path) -> None:
-    for leftover in path.parent.glob(".step-*"):  # a killed save's, which may be what fills the disk
+def _fresh_folder(path: Path, expected_bytes: int) -> None:
+    folder = path.parent
+    for leftover in folder.glob(".step-*"):  # a killed save's, which may be what fills the disk
         shutil.rmtree(leftover, ignore_errors=True)
-    _explain_disk(lambda: path.mkdir(parents=True), path)
+    path.mkdir(parents=True)
+    needed, free = expected_size(folder, expected_bytes), shutil.disk_usage(folder).free
+    if free < needed:
+        what = f"there is no room for the checkpoint: it needs {_gib(needed)}, {_gib(free)} are free"
+        raise NotWritten(what, folder, "free space; older checkpoints are untouched")
 
 
-def _hashes(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    entries = {}
-    for name in names:
-        file = folder / name
-        sync(file)
-        entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _sync_and_hash(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Side by side: syncing waits for the disk, hashing for the processor."""
+    with ThreadPoolExecutor(1) as disk:
+        synced = [disk.submit(sync, file) for file in files]
+        entries = {
+            str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files
+        }
+        for done in synced:
+            done.result()
     return entries
 
 
@@ -197,5 +311,6 @@ def _explain_disk(action: Callable[[], Any], where: Path) -> Any:
         return action()
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise SteelError(f"the checkpoint could not be written: {reason}", where,
-                         "free space or mend the folder, then start again: older checkpoints are untouched") from error  # fmt: skip
+        kind = NotWritten if getattr(error, "errno", None) in _HOPELESS else Stumbled
+        raise kind(f"the checkpoint could not be written: {reason}", where,
+                   "free space or mend the folder: older checkpoints are untouched") from error  # fmt: skip

@@ -277,9 +277,8 @@ class IndexedDataset:
             more = os.pread(fd, count - len(data), at + len(data))
             if not more:
                 where = f"{self.prefix}.{which}"
-                raise SteelError(
-                    f"the file ends at byte {at + len(data)}: it was cut after it was opened", where, _AGAIN
-                )
+                size = os.fstat(fd).st_size
+                raise SteelError(f"the file ends at byte {size}: it was cut after it was opened", where, _AGAIN)
             data += more
         return data
 

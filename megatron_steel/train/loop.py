@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_steel import dist
 from megatron_steel.errors import Stopped, TrainingError
@@ -34,7 +34,8 @@ class Job:
     """Everything the loop is handed; `pretrain` builds it.
 
     `next_batches()` gives this rank's micro-batches of the next step; `validation()` yields its validation
-    micro-batches, equally many on every rank. `save(step, tokens)` commits a checkpoint.
+    micro-batches, equally many on every rank. `save(step, tokens, must)` commits a checkpoint; without `must` it may
+    fail and leave it to the next.
     """
 
     engine: "DeepSpeedEngine"
@@ -43,7 +44,7 @@ class Job:
     watch: Watch
     next_batches: Callable[[], list[Batch]]
     validation: Callable[[], Iterator[Batch]] | None
-    save: Callable[[int, int], Any]
+    save: Callable[[int, int, bool], None]
     position: Callable[[], dict[str, float]]
     out_of_memory: Callable[[], str]
     steps: int
@@ -105,7 +106,7 @@ def fit(job: Job) -> None:
         stop = job.watch.agreed_stop()
         if stop or last or job.step % train.save_every_steps == 0:
             with job.clock.part("save"):
-                job.save(job.step, job.tokens)
+                job.save(job.step, job.tokens, bool(stop or last))
         if stop and not last:
             reason = next(r for r in dist.gather(job.watch.stop_wanted()) if r)
             raise Stopped(f"stopped at step {job.step} of {job.steps} on request ({reason})")

@@ -5,8 +5,10 @@ files carry weights and optimizer. Nothing random is saved: each step seeds the 
 Where the shards are cut as this run would cut them, DeepSpeed loads them; else `elastic` does.
 """
 
+import contextlib
 import importlib.metadata
 import platform
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ from megatron_steel.train import elastic
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+_FAILED_SAVES = 3  # in a row
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,105 @@ def save(
     facts: dict[str, Any],
     group_names: list[list[str]],
     keep_last: int,
+    keep_every: int | None = None,
 ) -> Path:
     """Commit a checkpoint and prune older ones; a collective call. Returns the published folder.
 
     Args:
         folder: the run's `checkpoints/`.
-        facts: what else the manifest shall say (recipe, data sets, world size, ...).
+        facts: what else the manifest shall say (recipe, data sets, world size, `parameters`, ...).
         group_names: parameter names per optimizer group, in the groups' order.
+        keep_last, keep_every: as `commit.prune` takes them.
+    Raises:
+        NotWritten: on every rank; older checkpoints are untouched and training can go on.
     """
     client_state = {CLIENT_STATE: {"group_names": group_names}}
 
-    def write_files(aside: Path) -> None:
-        # `latest` is DeepSpeed's pointer, written before all ranks are done: never made, never read.
-        engine.save_checkpoint(str(aside), tag=commit.ENGINE, client_state=client_state, save_latest=False)
+    def write_files(aside: Path) -> list[Path]:
+        with _failures_at_the_end(engine) as written:
+            # `latest` is DeepSpeed's pointer, written before all ranks are done: never made, never read.
+            engine.save_checkpoint(str(aside), tag=commit.ENGINE, client_state=client_state, save_latest=False)
+        return written
 
+    def tidy_up() -> None:
+        commit.prune(folder, keep_last, progress.step, keep_every)
+        commit.warn_of_space(folder, first, checkpoints=2)
+
+    first = first_checkpoint_bytes(facts["parameters"])
     entry = {"tokens": progress.tokens, "order": progress.order, **facts, "layout": elastic.layout_of(engine),
              "versions": versions()}  # fmt: skip
-    path = commit.write(folder, progress.step, write_files, entry)
-    if dist.is_main():
-        commit.prune(folder, keep_last, progress.step)
+    path = commit.write(folder, progress.step, write_files, entry, first)
+    dist.together(tidy_up, only=dist.is_main())
     return path
+
+
+def first_checkpoint_bytes(parameters: int) -> int:
+    """About how large a checkpoint will be: fp32 weights and Adam's two moments, and a copy in bf16 at most stages."""
+    return 14 * parameters
+
+
+@contextlib.contextmanager
+def _failures_at_the_end(engine: "DeepSpeedEngine") -> Iterator[list[Path]]:
+    """Yield the list of the files that DeepSpeed writes on this rank; a write that failed raises on leaving.
+
+    After writing DeepSpeed waits for all ranks. One that could not write must come there too, or the others wait
+    until the process group gives up.
+    """
+    writer, copy_script = engine.checkpoint_engine, engine._copy_recovery_script
+    written: list[Path] = []
+    problems: list[Exception] = []
+
+    def guarded(action: Callable[..., Any]) -> Callable[..., None]:
+        def run(*arguments: Any, **named: Any) -> None:
+            try:
+                action(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                problems.append(error)
+
+        return run
+
+    class Writer:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(writer, name)
+
+        def save(self, state_dict: Any, path: str) -> None:
+            written.append(Path(path))
+            guarded(writer.save)(state_dict, path)
+
+    engine.checkpoint_engine, engine._copy_recovery_script = Writer(), guarded(copy_script)
+    try:
+        yield written
+    finally:
+        engine.checkpoint_engine, engine._copy_recovery_script = writer, copy_script
+    if problems:
+        raise problems[0]
+
+
+class Saves:
+    """Calls `save(step, tokens)`; a periodic one that fails is no reason to stop, the third in a row is.
+
+    So a full disk costs at most three intervals of work, and none when somebody makes room in time.
+    """
+
+    def __init__(self, save: Callable[[int, int], Path]):
+        self._save, self._failed = save, 0
+
+    def __call__(self, step: int, tokens: int, must: bool = True) -> None:
+        """Args: must: nothing comes after this save (the end, or a stop): its failure is the run's.
+
+        Raises NotWritten, on every rank.
+        """
+        try:
+            path = self._save(step, tokens)
+        except commit.NotWritten as error:
+            self._failed += 1
+            if must or self._failed >= _FAILED_SAVES:
+                raise
+            dist.log.error("NOT SAVED at step %d: %s\n  training goes on to the next save; failure %d of %d ends the run",
+                           step, error, self._failed, _FAILED_SAVES)  # fmt: skip
+        else:
+            self._failed = 0
+            dist.log.info("saved %s", path)
 
 
 def find(folder: Path) -> commit.Checkpoint | None:

@@ -139,10 +139,60 @@ def test_a_changed_manifest_is_found(tmp_path):
         commit.verify(path)
 
 
-def test_a_full_disk_in_torch_save_is_named(tmp_path):
+def test_a_full_disk_in_torch_save_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(commit, "_PAUSES", (0.0, 0.0))
+    tries = []
+
     def fail(aside):
+        tries.append((aside / "half").write_bytes(b"x"))
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
 
     with pytest.raises(SteelError, match=r"could not be written: \[enforce fail"):
         commit.write(tmp_path, 1, fail, {})
+    assert len(tries) == 3
+    assert list(tmp_path.iterdir()) == []
     assert commit.newest_whole(tmp_path) == (None, [])
+
+
+def test_every_nth_is_never_deleted(tmp_path):
+    for step in range(1, 12):
+        _write(tmp_path, step)
+        commit.prune(tmp_path, 2, newest=step, keep_every=3)
+    assert [int(p.name[5:]) for p in commit.published(tmp_path)] == [3, 6, 9, 10, 11]
+
+
+@pytest.mark.parametrize("kind", ["one byte less", "missing", "no manifest", "cut manifest"])
+def test_one_that_has_lost_something_is_not_counted_as_kept(kind, tmp_path):
+    for step in (1, 2, 3):
+        _write(tmp_path, step)
+    DAMAGE[kind][0](tmp_path / commit.name_of(2))
+    commit.prune(tmp_path, 2, newest=3)
+    whole = [path for path in commit.published(tmp_path) if commit._is_measured(path)]
+    assert [int(p.name[5:]) for p in whole] == [1, 3]
+    _write(tmp_path, 4)
+    commit.prune(tmp_path, 2, newest=4)
+    assert [int(p.name[5:]) for p in commit.published(tmp_path)] == [3, 4]
+
+
+def test_no_room_is_said_with_the_numbers_before_anything_is_written(tmp_path):
+    def never(aside):
+        pytest.fail("it began to write")
+
+    with pytest.raises(
+        commit.NotWritten, match=r"it needs \S+ GiB \(1,125,899,906,842,624 bytes\), \S+ GiB \([\d,]+ bytes\) are free"
+    ):
+        commit.write(tmp_path, 1, never, {}, expected_bytes=2**50)
+    assert list(tmp_path.iterdir()) == []
+    _write(tmp_path, 1)
+    assert commit.expected_size(tmp_path, 2**50) == commit.verify(commit.published(tmp_path)[0]).bytes == 701
+    commit.write(tmp_path, 2, lambda aside: None, {}, expected_bytes=2**50)  # now known to be small
+
+
+def test_each_rank_hashes_what_it_wrote_and_rank_0_the_rest(tmp_path):
+    def fill(aside):
+        for name in ("mine", "nobodys"):
+            (aside / name).write_bytes(name.encode())
+        return [aside / "mine"]
+
+    commit.write(tmp_path, 1, fill, {})
+    assert sorted(commit.verify(tmp_path / commit.name_of(1)).manifest["files"]) == ["mine", "nobodys"]
