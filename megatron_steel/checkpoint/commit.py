@@ -142,6 +142,15 @@ def prune(folder: Path, keep_last: int, newest: int) -> list[Path]:
     return doomed
 
 
+def discard_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than `step`, newest first: the run has gone back behind them. Rank 0 only."""
+    for path in reversed(published(folder)):
+        if _step_of(path) > step:
+            hidden = path.with_name(f".{path.name}.deleted")
+            os.replace(path, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with the SHA-256 of all its other entries, so that an edited one is found."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}

@@ -4,6 +4,7 @@ The manifest carries step, tokens, the order of data (a few numbers) and the rec
 weights and optimizer. Nothing random is saved: each step seeds the generators from (seed, step, rank).
 """
 
+import dataclasses
 import importlib.metadata
 import platform
 from dataclasses import dataclass
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps, tokens trained on, and the order of data as plain values."""
+    """How far a run is: optimizer steps, tokens trained on, the order of data as plain values, steps whose numbers were
+    none, and what `Spikes` has seen (None where nobody watched)."""
 
     step: int
     tokens: int
     order: dict[str, Any]
+    skipped_steps: int = 0
+    spikes: dict[str, Any] | None = None
 
 
 def save(
@@ -50,7 +54,7 @@ def save(
         # `latest` is DeepSpeed's pointer, written before all ranks are done: never made, never read.
         engine.save_checkpoint(str(aside), tag=commit.ENGINE, client_state=client_state, save_latest=False)
 
-    entry = {"tokens": progress.tokens, "order": progress.order, **facts, "versions": versions()}
+    entry = {**dataclasses.asdict(progress), **facts, "versions": versions()}
     path = commit.write(folder, progress.step, write_files, entry)
     if dist.is_main():
         commit.prune(folder, keep_last, progress.step)
@@ -83,7 +87,8 @@ def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progres
     for group, wanted in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(wanted)
     manifest = checkpoint.manifest
-    return Progress(checkpoint.step, manifest["tokens"], manifest["order"])
+    later = manifest.get("skipped_steps", 0), manifest.get("spikes")  # older checkpoints have neither
+    return Progress(checkpoint.step, manifest["tokens"], manifest["order"], *later)
 
 
 def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, now: dict[str, Any], stage: int) -> None:
