@@ -55,7 +55,9 @@ class Watch:
             return
         self.skipped_steps += 1
         if dist.is_main():
-            dist.log.warning("step %d: the loss or the gradients are not finite, the weights were left as they are", step)
+            dist.log.warning(
+                "step %d: the loss or the gradients are not finite, the weights were left as they are", step
+            )
         if self._skipped_in_a_row >= _SKIPS_IN_A_ROW:
             raise dist.shared(TrainingError(
                 f"the loss or the gradients of {_SKIPS_IN_A_ROW} steps in a row are not finite", f"step {step}",
