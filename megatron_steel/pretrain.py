@@ -183,12 +183,12 @@ def _audit(model: Any, folder: Path) -> bool | None:
 
 def _spikes(recipe: Recipe, progress: "Progress", order: "OrderState") -> "Spikes | None":
     """What a checkpoint has seen of the losses, if they can be compared with those to come."""
+    from megatron_steel.data.order_json import from_json
     from megatron_steel.train.spikes import Spikes
 
     if recipe.train.spike_score is None:
         return None
-    same_order = progress.order and progress.order["segments"] == order.to_json()["segments"]
-    if progress.spikes is None or not same_order:
+    if progress.spikes is None or from_json(progress.order, "checkpoint").segments != order.segments:
         return Spikes(recipe.train.spike_score, since=progress.step)
     return Spikes(recipe.train.spike_score, **progress.spikes)
 

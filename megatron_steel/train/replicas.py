@@ -24,8 +24,10 @@ def compare(engine: "DeepSpeedEngine", step: int) -> None:
     """
     if dist.world_size() == 1 or engine.zero_optimization_stage() == 3:
         return
+    import torch
+
     names = [name for name, _ in engine.module.named_parameters()]
-    sums = dist.gather([_bits(p) for p in engine.module.parameters()])
+    sums = dist.gather(torch.stack([_bits(p) for p in engine.module.parameters()]).tolist())
     for number, name in enumerate(names):
         (most, holders), *others = Counter(rank[number] for rank in sums).most_common()
         if others:
@@ -38,9 +40,9 @@ def compare(engine: "DeepSpeedEngine", step: int) -> None:
             ))  # fmt: skip
 
 
-def _bits(parameter: "torch.Tensor") -> int:
-    """The sum of a tensor's raw bits as whole numbers: one changed bit always changes it."""
+def _bits(parameter: "torch.Tensor") -> "torch.Tensor":
+    """The sum of a tensor's raw bits as whole numbers (an int64 scalar): one changed bit always changes it."""
     import torch
 
     raw = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[parameter.element_size()]
-    return int(parameter.detach().view(raw).sum(dtype=torch.int64))
+    return parameter.detach().view(raw).sum(dtype=torch.int64)

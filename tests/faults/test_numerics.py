@@ -223,7 +223,11 @@ def test_a_spike_is_gone_back_behind_and_its_samples_passed_over(ranks, settings
     for other in ("b", "resumed", "recorded"):
         assert _curve(metrics(tmp_path / other)) == _curve(straight), other
         assert differing(step_folder(tmp_path / "a", 60), step_folder(tmp_path / other, 60)) == [], other
-    manifest = json.loads((step_folder(tmp_path / "a", 60) / "manifest.json").read_text())
+    manifest, resumed = (
+        json.loads((step_folder(tmp_path / name, 60) / "manifest.json").read_text()) for name in ("a", "resumed")
+    )
+    assert resumed["spikes"] == manifest["spikes"]  # 58 losses and what was done: judged by the same numbers
+    assert len(manifest["spikes"]["losses"]) == 60
     assert manifest["order"]["skipped"] == [[344, 360]]
     assert manifest["spikes"]["rollbacks"] == [{"step": AT, "attempt": 1, "start": 344, "stop": 360}]
     boards = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
