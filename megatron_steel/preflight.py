@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_steel.checkpoint.commit import Checkpoint
     from megatron_steel.data.dataset import BlendedDataset
     from megatron_steel.data.loader import Batch
-    from megatron_steel.data.order import OrderState
+    from megatron_steel.data.order import OrderState, Segment
     from megatron_steel.data.segments import Member
     from megatron_steel.data.tokenizer import Tokenizer
 
@@ -117,6 +117,10 @@ def plan_order(recipe: Recipe, plan: RunPlan, steps: int, checkpoint: "Checkpoin
 
     order = dist.together(make)
     assert order is not None
+    before = from_json(checkpoint.manifest["order"], checkpoint.path) if checkpoint else None
+    if before and order.segments != before.segments:
+        changed = _changed(before.segments[-1], order, plan.train) or "a longer run"
+        dist.log.info("from sample %s on the order of data is a new one: %s", f"{order.next_sample:,}", changed)
     return order
 
 
@@ -132,6 +136,33 @@ def _refuse_replaced(plan: RunPlan, checkpoint: "Checkpoint | None") -> None:
             raise SteelError(
                 what, member.prefix, "restore the files; if the change is meant, give the data another name"
             )
+
+
+def _changed(before: "Segment", order: "OrderState", members: "list[Member]") -> str:
+    """Which keys of the recipe order the data otherwise than `before` did."""
+    now = next(s for s in order.segments if s.first_sample == order.next_sample)
+    names = {m.digest: Path(m.prefix).name for m in members}
+    changed = [
+        f"{key} was {old} and is now {new}"
+        for key, old, new in (
+            ("train.global_batch_size", before.batch, now.batch),
+            ("data.sequence_length", before.sequence_length, now.sequence_length),
+        )
+        if old != new
+    ]
+    came, gone = now.tokens.keys() - before.tokens.keys(), before.tokens.keys() - now.tokens.keys()
+    if came or gone:
+        words = [f"with {names[d]}" for d in sorted(came)] + [f"without {d[:12]}" for d in sorted(gone)]
+        changed.append(f"data.train is {', '.join(words)}")
+    elif now.weights != before.weights:
+        changed.append(f"data.train has other weights: {_shares(before, names)}, now {_shares(now, names)}")
+    return "; ".join(changed)
+
+
+def _shares(segment: "Segment", names: dict[str, str]) -> str:
+    if segment.weights is None:
+        return "none"
+    return ", ".join(f"{names[digest]} {weight:g}" for digest, weight in segment.weights.items())
 
 
 def open_dataset(members: "list[Member]", order: "OrderState") -> "BlendedDataset":

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from megatron_steel.checkpoint.commit import Checkpoint
+    from megatron_steel.data.loader import Loader
+    from megatron_steel.data.order import OrderState
+    from megatron_steel.train.monitor import Monitor
+    from megatron_steel.train.spikes import Spikes
+    from megatron_steel.train.state import Progress
     from megatron_steel.train.watch import Watch
 
 
@@ -74,7 +79,7 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
     from megatron_steel.checkpoint.commit import published, warn_of_space
     from megatron_steel.data.loader import Loader
     from megatron_steel.train import engine as engines
-    from megatron_steel.train import loop, state
+    from megatron_steel.train import loop, replicas, state
     from megatron_steel.train.monitor import Monitor
 
     folder = Path(recipe.run.dir).expanduser()
@@ -99,6 +104,8 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
         warn_of_space(folder / "checkpoints", state.first_checkpoint_bytes(plan.parameters), room)
     engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
+    watch.skipped_steps = progress.skipped_steps
+    spikes = _spikes(recipe, progress, order)
     facts = _facts(recipe, plan, config)
     monitor = Monitor(folder, progress.step, sees_future=causal is False)
     monitor.text("recipe", _as_yaml(recipe))
@@ -107,7 +114,9 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
     with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask) as loader:
 
         def save(step: int, tokens: int) -> Path:
-            now = state.Progress(step, tokens, loader.state.to_json())
+            replicas.compare(engine, step)
+            seen = spikes.to_json() if spikes else None
+            now = state.Progress(step, tokens, loader.state.to_json(), watch.skipped_steps, seen)
             kept = recipe.train.keep_last, recipe.train.keep_every_steps
             return state.save(engine, folder / "checkpoints", now, facts, group_names, *kept)
 
@@ -121,6 +130,8 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
             save=state.Saves(save),
             position=lambda: preflight.position(loader.state, plan.train),
             out_of_memory=_out_of_memory(recipe, plan, device),
+            spikes=spikes,
+            roll_back=lambda: spikes and _roll_back(recipe, plan, engine, loader, monitor, watch, spikes),
             steps=steps,
             step=progress.step,
             tokens=progress.tokens,
@@ -173,6 +184,56 @@ def _audit(model: Any, folder: Path) -> bool | None:
     if warning:
         dist.log.warning("%s", warning)
     return report["causal"]
+
+
+def _spikes(recipe: Recipe, progress: "Progress", order: "OrderState") -> "Spikes | None":
+    """What a checkpoint has seen of the losses, if they can be compared with those to come."""
+    from megatron_steel.data.order_json import from_json
+    from megatron_steel.train.spikes import Spikes
+
+    if recipe.train.spike_score is None:
+        return None
+    if progress.spikes is None or from_json(progress.order, "checkpoint").segments != order.segments:
+        return Spikes(recipe.train.spike_score, since=progress.step)
+    return Spikes(recipe.train.spike_score, **progress.spikes)
+
+
+def _roll_back(
+    recipe: Recipe,
+    plan: preflight.RunPlan,
+    engine: "DeepSpeedEngine",
+    loader: "Loader",
+    monitor: "Monitor",
+    watch: "Watch",
+    spikes: "Spikes",
+) -> tuple[int, int] | None:
+    """Put everything back to before a confirmed spike. Returns (step, tokens) there; None: there is no way back."""
+    from megatron_steel.checkpoint.commit import discard_after
+    from megatron_steel.data.order_json import from_json
+    from megatron_steel.train import state
+    from megatron_steel.train.spikes import plan_roll_back
+
+    folder, at = Path(recipe.run.dir).expanduser() / "checkpoints", spikes.suspects[-1]
+    back = plan_roll_back(
+        spikes, folder, loader.state, lambda c: from_json(c.manifest["order"], c.path), recipe.train.global_batch_size
+    )
+    if back is None:
+        if dist.is_main():
+            dist.log.warning("step %d: the loss has spiked and no checkpoint is older: the run goes on as it is", at)
+        spikes.forget(at)
+        return None
+    progress = state.restore(engine, back.checkpoint)
+    dist.together(lambda: discard_after(folder, progress.step), only=dist.is_main())
+    loader.reopen(preflight.open_dataset(plan.train, back.order), back.order)
+    monitor.go_back(progress.step)
+    watch.skipped_steps = progress.skipped_steps
+    spikes.back_to(progress.step, progress.spikes, back.done)
+    monitor.scalars(progress.step, {"tokens": progress.tokens, "spike_at_step": back.done["step"],
+                    "skipped_from_sample": back.done["start"], "skipped_to_sample": back.done["stop"]})  # fmt: skip
+    if dist.is_main():
+        dist.log.warning("the loss has spiked at step %d: back to %s, and on without samples %d to %d", back.done["step"],
+                         back.checkpoint.path, back.done["start"], back.done["stop"] - 1)  # fmt: skip
+    return progress.step, progress.tokens
 
 
 def _facts(recipe: Recipe, plan: preflight.RunPlan, config: dict[str, Any]) -> dict[str, Any]:

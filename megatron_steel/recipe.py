@@ -121,6 +121,9 @@ class Train(_Section):
     keep_every_steps: int | None = None
     """Checkpoints of steps that this divides are never deleted: a multiple of `save_every_steps`."""
     activation_checkpointing: bool = False
+    spike_score: float | None = None
+    """A loss this many robust deviations above the last 128 (three steps in a row, or one step by ten times that)
+    sends the run back to the newest checkpoint before it, without the samples around it; 6 is common, null: never."""
     deterministic: bool = False
     """On a GPU: deterministic kernels, so that a resumed run repeats losses bitwise (slower)."""
     stop_after_minutes: float | None = None
@@ -268,7 +271,7 @@ def _impossible_values(recipe: Recipe) -> list[str]:
         "train.log_every_steps": t.log_every_steps, "train.eval_every_steps": t.eval_every_steps,
         "train.eval_samples": t.eval_samples, "train.save_every_steps": t.save_every_steps,
         "train.keep_last": t.keep_last, "train.keep_every_steps": t.keep_every_steps,
-        "train.stop_after_minutes": t.stop_after_minutes,
+        "train.stop_after_minutes": t.stop_after_minutes, "train.spike_score": t.spike_score,
     }  # fmt: skip
     problems = [
         f"{key}: {value} must be above 0 and finite"

@@ -214,6 +214,15 @@ def prune(folder: Path, keep_last: int, newest: int, keep_every: int | None = No
     return doomed
 
 
+def discard_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than `step`, newest first: the run has gone back behind them. Rank 0 only."""
+    for path in reversed(published(folder)):
+        if _step_of(path) > step:
+            hidden = path.with_name(f".{path.name}.deleted")
+            os.replace(path, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
 def _is_measured(path: Path) -> bool:
     try:
         return bool(_measured(path))

@@ -64,6 +64,12 @@ class Loader:
         self._read_ahead()
         return batches
 
+    def reopen(self, dataset: BlendedDataset, state: OrderState) -> None:
+        """Go on from another state; what was read ahead is dropped."""
+        self._ahead.exception()  # waits for it
+        self.state, self._dataset = state, dataset
+        self._read_ahead()
+
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 

@@ -1,8 +1,9 @@
 """Pretrain and validate, top to bottom.
 
-1. `fit` walks the steps: fetch the global batch, `train_step`, log, validate, save, ask for a stop.
+1. `fit` walks the steps: fetch the global batch, `train_step`, log, validate, save, ask for a stop; where the loss
+   spikes, it goes back.
 2. `train_step` sums token losses over micro-batches and ranks and divides by the tokens of the whole batch, so
-   that the loss is a mean over tokens and not a mean of means.
+   that the loss is a mean over tokens and not a mean of means. A loss that is no number, on any rank, changes nothing.
 3. `validate` does the same over held-out samples, without gradients.
 
 Knows nothing of how data is ordered, how a model is built or how a checkpoint is committed.
@@ -20,6 +21,7 @@ from megatron_steel.errors import Stopped, TrainingError
 from megatron_steel.recipe import Recipe
 from megatron_steel.train.monitor import Monitor, progress_line
 from megatron_steel.train.optimizer import learning_rate
+from megatron_steel.train.spikes import Spikes
 from megatron_steel.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ class Job:
 
     `next_batches()` gives this rank's micro-batches of the next step; `validation()` yields its validation
     micro-batches, equally many on every rank. `save(step, tokens, must)` commits a checkpoint; without `must` it may
-    fail and leave it to the next.
+    fail and leave it to the next. `roll_back()` goes back to before the spike that `spikes` has confirmed and returns
+    (step, tokens) there, or None where it cannot.
     """
 
     engine: "DeepSpeedEngine"
@@ -52,15 +55,17 @@ class Job:
     tokens: int = 0
     flops_per_token: float = 0.0
     peak_flops: float | None = None
+    spikes: Spikes | None = None
+    roll_back: Callable[[], tuple[int, int] | None] = lambda: None
     clock: "Clock" = field(default_factory=lambda: Clock())
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one global batch: mean loss per token (float64 scalar, still on the device), tokens, learning rate, and
-    the gradient norm where DeepSpeed does not keep it."""
+    """Of one global batch: mean loss per token, tokens, learning rate, and the gradient norm where DeepSpeed does not
+    keep it."""
 
-    loss: "torch.Tensor"
+    loss: float
     tokens: int
     lr: float
     grad_norm: float | None
@@ -91,12 +96,19 @@ class Clock:
 def fit(job: Job) -> None:
     """Train from `job.step` to `job.steps`. Raises Stopped after the save that a stop request asked for."""
     train = job.recipe.train
-    logged_at = job.step
+    logged_at, save_due = job.step, False
     job.clock.take(1)
     while job.step < job.steps:
         job.step += 1
         done = train_step(job)
         job.tokens += done.tokens
+        if job.spikes and job.spikes.seen(job.step, done.loss):
+            there = job.roll_back()
+            if there:
+                job.step, job.tokens = there
+                logged_at = job.step
+                job.clock.take(1)
+                continue
         last = job.step == job.steps
         if job.step % train.log_every_steps == 0 or last:
             log_step(job, done, job.step - logged_at)
@@ -104,7 +116,9 @@ def fit(job: Job) -> None:
         if job.validation and (job.step % train.eval_every_steps == 0 or last):
             validate(job)
         stop = job.watch.agreed_stop()
-        if stop or last or job.step % train.save_every_steps == 0:
+        save_due = save_due or job.step % train.save_every_steps == 0
+        if stop or last or (save_due and not (job.spikes and job.spikes.suspects)):
+            save_due = False
             with job.clock.part("save"):
                 job.save(job.step, job.tokens, bool(stop or last))
         if stop and not last:
@@ -130,21 +144,27 @@ def train_step(job: Job) -> StepResult:
     scale = dist.world_size() * len(micro_batches) / max(1, tokens)
     norm = None
     try:
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, start=1):
             with job.clock.part("forward"):
                 loss = engine(**to_device(batch, engine.device))
             loss_sum += loss.detach()
             with job.clock.part("backward"):
-                engine.backward(loss * scale)
+                # Plus 0, or plus NaN where the loss is no number: then so is every gradient, and none is applied.
+                engine.backward(loss * (scale + 0.0 * loss.detach()))
+            if number == len(micro_batches):
+                mine = float(loss_sum)  # waits for the device, as the gradient norm would next
             with job.clock.part("optimizer"):
                 norm = apply_step(engine, recipe.optim.clip_grad_norm)
     except torch.OutOfMemoryError as error:
         raise TrainingError(f"out of memory in step {job.step}: {str(error).splitlines()[0]}",
                             f"train.micro_batch_size={recipe.train.micro_batch_size}", job.out_of_memory()) from error  # fmt: skip
     applied = engine.was_step_applied() and (norm is None or math.isfinite(norm))
+    total, applied_on = dist.sum_over_ranks([mine, float(applied)])
+    if 0 < applied_on < dist.world_size():  # the norm that decides it is the same number everywhere
+        what = f"{int(applied_on)} of {dist.world_size()} ranks have applied the step, the others have left it out"
+        raise dist.shared(TrainingError(what, f"step {job.step}", "start again: one of the machines may be faulty"))
     job.watch.step_done(job.step, applied)
-    torch.distributed.all_reduce(loss_sum)
-    return StepResult(loss_sum / max(1, tokens), tokens, lr, norm)
+    return StepResult(total / max(1, tokens), tokens, lr, norm)
 
 
 def validate(job: Job) -> float:
@@ -180,7 +200,7 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
     norm = done.grad_norm if done.grad_norm is not None else float(job.engine.get_global_grad_norm())
     row = {
         "tokens": job.tokens,
-        "loss": float(done.loss),
+        "loss": done.loss,
         "lr": done.lr,
         "grad_norm": norm,
         "tokens_per_second": tokens_per_second,

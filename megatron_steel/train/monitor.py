@@ -29,13 +29,22 @@ class Monitor:
         self.folder = folder
         self._mark = " (sees future)" if sees_future else ""
         self._lines = None
-        if not dist.is_main():
-            return
+        if dist.is_main():
+            self._open(from_step)
+
+    def _open(self, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        cut_back(folder / METRICS, from_step)
-        self._lines = (folder / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+        cut_back(self.folder / METRICS, from_step)
+        self._lines = (self.folder / METRICS).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=from_step + 1)
+
+    def go_back(self, step: int) -> None:
+        """Cut everything off that comes after `step`."""
+        if self._lines:
+            self._lines.close()
+            self._board.close()
+            self._open(step)
 
     def text(self, tag: str, text: str) -> None:
         """A text of the run (the resolved recipe) to TensorBoard."""

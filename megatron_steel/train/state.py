@@ -6,6 +6,7 @@ Where the shards are cut as this run would cut them, DeepSpeed loads them; else 
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
@@ -28,11 +29,14 @@ _FAILED_SAVES = 3  # in a row
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps, tokens trained on, and the order of data as plain values."""
+    """How far a run is: optimizer steps, tokens trained on, the order of data as plain values, steps whose numbers were
+    none, and what `Spikes` has seen (None where nobody watched)."""
 
     step: int
     tokens: int
     order: dict[str, Any]
+    skipped_steps: int = 0
+    spikes: dict[str, Any] | None = None
 
 
 def save(
@@ -67,8 +71,7 @@ def save(
         commit.warn_of_space(folder, first, checkpoints=2)
 
     first = first_checkpoint_bytes(facts["parameters"])
-    entry = {"tokens": progress.tokens, "order": progress.order, **facts, "layout": elastic.layout_of(engine),
-             "versions": versions()}  # fmt: skip
+    entry = {**dataclasses.asdict(progress), **facts, "layout": elastic.layout_of(engine), "versions": versions()}
     path = commit.write(folder, progress.step, write_files, entry, first)
     dist.together(tidy_up, only=dist.is_main())
     return path
@@ -178,7 +181,9 @@ def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progres
         group.update(wanted)
     if clip is not None:
         optimizer.clip_grad = clip
-    return Progress(checkpoint.step, checkpoint.manifest["tokens"], checkpoint.manifest["order"])
+    manifest = checkpoint.manifest
+    later = manifest.get("skipped_steps", 0), manifest.get("spikes")  # older checkpoints have neither
+    return Progress(checkpoint.step, manifest["tokens"], manifest["order"], *later)
 
 
 def _what_changed(before: dict[str, Any] | None, now: dict[str, Any]) -> str:

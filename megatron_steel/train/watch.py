@@ -46,17 +46,20 @@ class Watch:
         return dist.any_rank(self.stop_wanted() is not None)
 
     def step_done(self, step: int, applied: bool) -> None:
-        """Count a step whose gradients were not finite, so that DeepSpeed left the weights alone.
+        """Count a step whose loss or gradients were not finite, so that the weights were left alone.
 
-        Raises TrainingError after ten in a row: the numbers will not come back by themselves.
+        Raises TrainingError, on all ranks alike, after ten in a row: the numbers will not come back by themselves.
         """
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         if applied:
             return
         self.skipped_steps += 1
-        dist.log.warning("step %d: gradients are not finite, the weights were left as they are", step)
+        if dist.is_main():
+            dist.log.warning(
+                "step %d: the loss or the gradients are not finite, the weights were left as they are", step
+            )
         if self._skipped_in_a_row >= _SKIPS_IN_A_ROW:
-            raise TrainingError(
-                f"the gradients of {_SKIPS_IN_A_ROW} steps in a row are not finite", f"step {step}",
+            raise dist.shared(TrainingError(
+                f"the loss or the gradients of {_SKIPS_IN_A_ROW} steps in a row are not finite", f"step {step}",
                 "resume from an older checkpoint with a lower optim.lr, or look at the data of these steps",
-            )  # fmt: skip
+            ))  # fmt: skip

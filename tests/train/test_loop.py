@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_steel import cli
+from megatron_steel.checkpoint import commit
+from megatron_steel.data.indexed import IndexedWriter
 from megatron_steel.errors import TrainingError
 from megatron_steel.train.watch import Watch
 
@@ -234,7 +236,7 @@ def test_a_step_with_infinite_gradients_is_left_out(stage, train, monkeypatch, c
 
     monkeypatch.setattr(build, "build_model", poisoned)
     rows = train(f"run{stage}", f"deepspeed.config=zero{stage}.json")
-    assert "step 2: gradients are not finite" in capsys.readouterr().err
+    assert "step 2: the loss or the gradients are not finite" in capsys.readouterr().err
     assert rows[6]["skipped_steps"] == 1
     assert all(math.isfinite(row["loss"]) for row in rows.values())
 
@@ -261,3 +263,45 @@ def test_out_of_memory_names_what_would_fit(train, monkeypatch, capsys):
 
 def _no_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+
+
+def _blend(*members):
+    return "data.train=[" + ", ".join(f"{{prefix: {prefix}, weight: {weight}}}" for prefix, weight in members) + "]"
+
+
+def test_what_orders_the_data_may_change_at_a_resume_and_is_named(train, capsys, tiny_data, tmp_path):
+    """Batch, length, weights and data open a new segment at the checkpoint; nothing before it moves."""
+    train("run", _blend((tiny_data / "train", 1)), "train.steps=1")
+    a, b = tiny_data / "train", tmp_path / "more"
+    with IndexedWriter(b, np.uint16) as writer:
+        writer.add_document(np.arange(2000, dtype=np.uint16) % 120 + 3)
+    settings: list[str] = [_blend((a, 1))]
+    for step, changed, says in (
+        (2, "train.global_batch_size=4", "train.global_batch_size was 8 and is now 4"),
+        (3, "data.sequence_length=16", "data.sequence_length was 32 and is now 16"),
+        (4, _blend((a, 3), (b, 1)), "data.train is with more"),
+        (5, _blend((a, 1), (b, 1)), "data.train has other weights: "),
+        (6, _blend((b, 1)), "data.train is without "),
+    ):
+        settings.append(changed)
+        capsys.readouterr()
+        train("run", *settings, f"train.steps={step}", "data.validation=null")
+        message = capsys.readouterr().err
+        assert f"on the order of data is a new one: {says}" in message
+        order = _manifest(tmp_path / "run", step)["order"]
+        assert order["segments"][-1]["first_sample"] == (8 if step == 2 else 8 + 4 * (step - 2))
+    firsts = [s["first_sample"] for s in order["segments"]]
+    assert firsts == [0, 8, 12, 16, 20, 24]
+
+
+def _manifest(run, step):
+    return json.loads((run / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+
+
+def test_steps_left_out_are_counted_over_a_resume(train, tmp_path):
+    train("run", "train.steps=3")
+    file = tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json"
+    assert json.loads(file.read_text())["skipped_steps"] == 0
+    file.write_text(json.dumps(commit.sealed(json.loads(file.read_text()) | {"skipped_steps": 5})))
+    assert train("run")[6]["skipped_steps"] == 5
+    assert _manifest(tmp_path / "run", 6)["skipped_steps"] == 5
