@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_steel.errors import EXIT_DONE, EXIT_INTERNAL, SteelError, Stopped, TrainingError
+from megatron_steel.errors import EXIT_DONE, EXIT_INTERNAL, SteelError, Stopped, StoppedEarly, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,7 @@ def exit_code(action: Callable[[], object]) -> int:
         if not error.shared or is_main():
             log.error("error: %s", error)
         return error.exit_code
-    except Stopped as stopped:
+    except (Stopped, StoppedEarly) as stopped:
         log.info("%s", stopped)
         return stopped.exit_code
     except Exception:

@@ -123,6 +123,8 @@ class Train(_Section):
     """On a GPU: deterministic kernels, so that a resumed run repeats losses bitwise (slower)."""
     stop_after_minutes: float | None = None
     """Save and leave with exit code 75 after this time."""
+    hang_after_seconds: float | None = 1800
+    """No progress for so long: write the stacks of all ranks to the run folder and leave with exit code 70; null: never."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues when the run folder holds a whole checkpoint; `never` refuses a used folder."""
 
@@ -266,6 +268,7 @@ def _impossible_values(recipe: Recipe) -> list[str]:
         "train.log_every_steps": t.log_every_steps, "train.eval_every_steps": t.eval_every_steps,
         "train.eval_samples": t.eval_samples, "train.save_every_steps": t.save_every_steps,
         "train.keep_last": t.keep_last, "train.stop_after_minutes": t.stop_after_minutes,
+        "train.hang_after_seconds": t.hang_after_seconds,
     }  # fmt: skip
     problems = [
         f"{key}: {value} must be above 0 and finite"
