@@ -64,6 +64,7 @@ class Guard:
         self._open = False
         os.write(self._wake, b"\0")
         self._thread.join()
+        self._report.beat(self._watch.step)
         signal.set_wakeup_fd(-1)
         os.close(self._woken)
         os.close(self._wake)
@@ -119,7 +120,9 @@ class Guard:
         since = min([*lost, *([watch.asked_at] if watch.asked_at is not None else [])], default=None)
         if since is not None and now - max(since, watch.progressed_at) > patience:
             who = "the launcher" if self._launcher_lost_at else "another rank" if lost else "a stop was asked for, and"
-            self._exit(EXIT_INTERNAL, f"{who} {'has died, and ' if lost else ''}this rank could not reach the end of its step")
+            self._exit(
+                EXIT_INTERNAL, f"{who} {'has died, and ' if lost else ''}this rank could not reach the end of its step"
+            )
 
     def _end_what_hangs(self, now: float) -> None:
         stacks, watch = self._stacks, self._watch
