@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """The launcher's entry: drops its `--local_rank=N`, keeps `--dry-run` and the supervisor's folder. Returns the exit code."""
-    from megatron_steel.train.guard import end_within
     from megatron_steel.train.report import OPTION, Report
 
     dist.set_up_logging()
@@ -43,7 +42,6 @@ def main(argv: list[str]) -> int:
     name, *overrides = [a for a in arguments if a != "--dry-run" and not a.startswith(OPTION)] or [""]
     code = dist.exit_code(lambda: run(name, overrides, dry_run, report))
     report.end(code)
-    end_within(10, code)
     return code
 
 
@@ -344,4 +342,6 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from megatron_steel.train.guard import end_now
+
+    end_now(main(sys.argv[1:]))
