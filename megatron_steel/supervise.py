@@ -35,6 +35,7 @@ from megatron_steel.errors import (
 )
 from megatron_steel.train import report
 from megatron_steel.train.outcome import Outcome, judge
+from megatron_steel.train.watch import stop_signals
 
 HISTORY = "launches.jsonl"
 _SAME_FAILURES = 3
@@ -91,7 +92,7 @@ class Supervisor:
     @contextlib.contextmanager
     def listening(self) -> Any:
         """Take the signals over."""
-        before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        before = {n: signal.signal(n, self._on_signal) for n in stop_signals()}
         try:
             yield
         finally:
@@ -128,6 +129,7 @@ class Supervisor:
         newest = self._newest_checkpoint()
         if newest != self._newest:
             self._newest, self._failed_since_progress = newest, 0
+            self._failures.clear()
         self._failures[outcome.kind] += 1
         self._failed_since_progress += 1
         same, idle = self._failures[outcome.kind], self._failed_since_progress

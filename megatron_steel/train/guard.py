@@ -37,7 +37,7 @@ class Guard:
     def __init__(self, watch: Watch, report: Report, run_folder: Path, hang_after_seconds: float | None):
         self._watch, self._report, self._run_folder = watch, report, run_folder
         self._hang_after = hang_after_seconds
-        self._kin = Kin()
+        self._kin = Kin(dist.ranks_on_node() - 1)
         self._stacks: Stacks | None = None
         self._launcher_lost_at: float | None = None
         self._peer_lost_at: float | None = None

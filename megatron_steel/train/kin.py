@@ -16,9 +16,10 @@ _RUNNER = ("deepspeed", "megatron_steel", "sshd")  # any of these in a command l
 
 
 class Kin:
-    """Taken at a rank's start; a process without a launcher has no kin and loses none."""
+    """Taken at a rank's start; a process without a launcher has no kin and loses none. `peers`: other ranks of this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, peers: int) -> None:
+        self._expected = peers
         self._me = psutil.Process()
         self._launchers: list[psutil.Process] = []
         self._peers: dict[int, psutil.Process] = {}
@@ -52,12 +53,10 @@ class Kin:
 
     def peer_lost(self) -> bool:
         """True when another rank that this rank's launcher started has ended. Ask regularly: it knows whom it has seen."""
-        if not self._launchers:
-            return False
-        with contextlib.suppress(psutil.Error):
-            for child in self._launchers[0].children():
-                if child.pid != self._me.pid:
-                    self._peers.setdefault(child.pid, child)
+        if self._launchers and len(self._peers) < self._expected:  # the launcher starts them one after another
+            with contextlib.suppress(psutil.Error):
+                children = {child.pid: child for child in self._launchers[0].children() if child.pid != self._me.pid}
+                self._peers = children | self._peers
         return not all(_alive(peer) for peer in self._peers.values())
 
     def signal_peers(self, *numbers: signal.Signals) -> None:

@@ -16,8 +16,13 @@ from types import FrameType
 from megatron_steel import dist
 from megatron_steel.errors import Stopped, StoppedEarly, TrainingError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SKIPS_IN_A_ROW = 10
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Signals that ask this process to stop: a closed terminal (SIGHUP) too, unless `nohup` has said otherwise."""
+    return [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class Phase(enum.Enum):
@@ -49,7 +54,7 @@ class Watch:
 
     def listen(self) -> None:
         """Take the signals over, in the main thread."""
-        for number in SIGNALS:
+        for number in stop_signals():
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

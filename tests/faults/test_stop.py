@@ -20,9 +20,11 @@ def _stopped_together(job, name):
     return code
 
 
-@pytest.mark.parametrize("target", ["first", "last", "all"])
-def test_a_signal_to_ranks(target, tiny_recipe, tmp_path):
-    number = {"first": signal.SIGTERM, "last": signal.SIGUSR1, "all": signal.SIGINT}[target]
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [("first", signal.SIGTERM), ("last", signal.SIGUSR1), ("all", signal.SIGINT), ("all", signal.SIGHUP)],
+)
+def test_a_signal_to_ranks(target, number, tiny_recipe, tmp_path):
     with Job(tiny_recipe, tmp_path / "run", *ENDLESS) as job:
         job.until_step(2)
         ranks = job.ranks()
