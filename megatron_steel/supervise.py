@@ -100,7 +100,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._now = number == signal.SIGINT and self._asked == "SIGINT"  # the second Ctrl-C means now
+        self._now |= number == signal.SIGINT and self._asked == "SIGINT"  # the second Ctrl-C means now
         self._asked = self._asked or signal.Signals(number).name
 
     def run(self, where: list[str]) -> None:
@@ -123,13 +123,13 @@ class Supervisor:
             raise Stopped(f"{outcome.cause} at step {outcome.step}; the same command goes on from there")
         if outcome.exit_code == EXIT_BAD_INPUT:
             raise SteelError(outcome.cause, self._folder, f"mend it and start again\n{_indented(outcome.detail)}")
-        if self._wanted():
-            raise TrainingError(f"asked to stop ({self._asked}), but {outcome.cause}", self._folder,
-                                f"start again: it goes on from {self._newest or 'the beginning'}\n{_indented(outcome.detail)}")  # fmt: skip
         newest = self._newest_checkpoint()
         if newest != self._newest:
             self._newest, self._failed_since_progress = newest, 0
             self._failures.clear()
+        if self._wanted():
+            raise TrainingError(f"asked to stop ({self._asked}), but {outcome.cause}", self._folder,
+                                f"start again: it goes on from {self._newest or 'the beginning'}\n{_indented(outcome.detail)}")  # fmt: skip
         self._failures[outcome.kind] += 1
         self._failed_since_progress += 1
         same, idle = self._failures[outcome.kind], self._failed_since_progress
@@ -154,7 +154,7 @@ class Supervisor:
                 left = _processes(reports)
                 _kill(left)
                 code = launcher.wait()
-            return judge(report.read_all(reports), code, {process.pid for process in left})
+            return judge(report.read_all(reports), code, {process.pid for process in left}, self._asked is not None)
         finally:
             shutil.rmtree(reports, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -182,11 +182,13 @@ class Supervisor:
                 report.ask_to_stop(reports, str(self._asked))
                 told = True
             now = time.monotonic()
+            ranks = report.read_all(reports)
+            codes = [r["exit_code"] for r in ranks]
             if launcher.poll() is not None:
-                if not _processes(reports):
+                elsewhere = any(r["host"] != socket.gethostname() and r["exit_code"] is None for r in ranks)
+                if not elsewhere and not _processes(reports):
                     return
                 kill_at = min(kill_at, now + _LEFT_END_IN)
-            codes = [r["exit_code"] for r in report.read_all(reports)]
             if any(code not in (None, EXIT_DONE, EXIT_STOPPED) for code in codes):
                 kill_at = min(kill_at, now + _FAILED_ENDS_IN)
             if codes and None not in codes:  # all have said their last word

@@ -30,13 +30,14 @@ class Outcome:
         return f"{re.sub(r'[0-9]+', '#', self.cause)} after step {self.step}"
 
 
-def judge(reports: list[dict[str, Any]], launcher_code: int, killed: set[int]) -> Outcome:
+def judge(reports: list[dict[str, Any]], launcher_code: int, killed: set[int], asked: bool) -> Outcome:
     """The outcome of one start.
 
     Args:
         reports: of `report.read_all`, after every process has ended.
         launcher_code: the `returncode` of `deepspeed`: negative where a signal killed it.
         killed: processes of this machine that the supervisor had to end.
+        asked: somebody wanted the job to stop, so that it does not matter what else the same hand has ended.
     """
     launcher = f"the launcher {said(launcher_code)}"
     if not reports:
@@ -46,7 +47,7 @@ def judge(reports: list[dict[str, Any]], launcher_code: int, killed: set[int]) -
     complete = len(reports) == reports[0]["world_size"]
     if complete and set(codes) == {EXIT_DONE}:
         return Outcome(EXIT_DONE, step, "the run is complete")
-    lost = any(r["launcher_lost"] for r in reports)
+    lost = any(r["launcher_lost"] for r in reports) and not asked
     if complete and set(codes) == {EXIT_STOPPED}:
         cause = f"{launcher} while the run went on" if lost else "stopped on request"
         return Outcome(EXIT_INTERNAL if lost else EXIT_STOPPED, step, cause)

@@ -32,33 +32,39 @@ def _rank(rank, exit_code, ended=1.0, error="", step=5, lost=False, world=2):
 )
 def test_the_ranks_decide(codes, lost, launcher, expected):
     reports = [_rank(rank, code, lost=lost) for rank, code in enumerate(codes)]
-    assert judge(reports, launcher, set()).exit_code == expected
+    assert judge(reports, launcher, set(), False).exit_code == expected
+
+
+def test_a_stop_of_the_whole_group_is_a_stop():
+    """SLURM and systemd signal the launcher too, which dies of it."""
+    reports = [_rank(0, 75, lost=True), _rank(1, 75)]
+    assert judge(reports, -15, set(), True).exit_code == 75
 
 
 def test_the_first_failure_is_the_cause():
     broken = "Traceback (most recent call last):\n  File x\nRuntimeError: Connection closed by peer"
     cause = "Traceback (most recent call last):\n  File y\nValueError: 17 is odd"
-    outcome = judge([_rank(0, 70, 2.0, broken), _rank(1, 70, 1.0, cause)], 70, set())
+    outcome = judge([_rank(0, 70, 2.0, broken), _rank(1, 70, 1.0, cause)], 70, set(), False)
     assert outcome.cause == "rank 1 (process 101 on a) failed first: ValueError: 17 is odd"
     assert outcome.detail == cause
-    again = judge([_rank(0, 70, 2.0, broken), _rank(1, 70, 1.0, cause.replace("17", "19"))], 70, set())
+    again = judge([_rank(0, 70, 2.0, broken), _rank(1, 70, 1.0, cause.replace("17", "19"))], 70, set(), False)
     assert again.kind == outcome.kind  # numbers differ from start to start
-    assert judge([_rank(0, 70, step=6), _rank(1, 70, step=6)], 70, set()).kind != outcome.kind
+    assert judge([_rank(0, 70, step=6), _rank(1, 70, step=6)], 70, set(), False).kind != outcome.kind
 
 
 def test_a_rank_without_a_last_word_was_killed_unless_we_killed_it():
     others = _rank(0, 70, error="RuntimeError: Connection closed by peer")
-    outcome = judge([others, _rank(1, None)], 247, set())
+    outcome = judge([others, _rank(1, None)], 247, set(), False)
     assert (
         outcome.cause
         == "rank 1 (process 101 on a) was killed without a word; the launcher ended with SIGKILL (exit code 247)"
     )
-    assert "rank 0 (process 100 on a) failed first" in judge([others, _rank(1, None)], 70, {101}).cause
+    assert "rank 0 (process 100 on a) failed first" in judge([others, _rank(1, None)], 70, {101}, False).cause
 
 
 def test_an_error_of_ours_is_told_by_its_first_line():
     error = "error: the port is in use\n  where: MASTER_PORT=1\n  do:    choose another"
-    assert judge([_rank(0, 70, error=error), _rank(1, 75)], 70, set()).cause.endswith(
+    assert judge([_rank(0, 70, error=error), _rank(1, 75)], 70, set(), False).cause.endswith(
         "failed first: the port is in use"
     )
 
