@@ -113,17 +113,16 @@ class Guard:
         elif watch.phase is Phase.SAVING:
             patience = 60.0 if lost else math.inf
         elif watch.phase is Phase.LEAVING:
-            patience = 5.0 if lost else 20.0
+            patience = 60.0  # everything is saved; the first rank draws a picture
         elif lost:
-            patience = 30.0 if watch.longest_pause is None else max(5.0, 3 * watch.longest_pause)
+            patience = 30.0 if watch.longest_pause is None else max(8.0, 3 * watch.longest_pause)
         else:
             patience = 60.0 if watch.longest_pause is None else max(20.0, 5 * watch.longest_pause)
         since = min([*lost, *([watch.asked_at] if watch.asked_at is not None else [])], default=None)
         if since is not None and now - max(since, watch.progressed_at) > patience:
-            who = "the launcher" if self._launcher_lost_at else "another rank" if lost else "a stop was asked for, and"
-            self._exit(
-                EXIT_INTERNAL, f"{who} {'has died, and ' if lost else ''}this rank could not reach the end of its step"
-            )
+            dead = "the launcher" if self._launcher_lost_at else "another rank"
+            why = f"{dead} has died" if lost else "a stop was asked for"
+            self._exit(EXIT_INTERNAL, f"{why}, and this rank could not reach the end of its step")
 
     def _end_what_hangs(self, now: float) -> None:
         stacks, watch = self._stacks, self._watch
