@@ -60,6 +60,8 @@ class Guard:
         if self._hang_after is not None:
             self._stacks = dist.together(lambda: Stacks(self._run_folder))
         self._watch.begin(step)
+        if self._stacks and self._hang_after is not None:
+            self._stacks.arm(1.1 * self._hang_after)
 
     def __exit__(self, *_: object) -> None:
         self._open = False
