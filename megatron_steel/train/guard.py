@@ -5,6 +5,7 @@ has died, and for a rank that makes no progress. It asks the main thread to stop
 process itself where that boundary cannot be reached any more. Knows nothing of what is trained or saved.
 """
 
+import contextlib
 import math
 import os
 import select
@@ -153,6 +154,7 @@ class Guard:
 
 def end_now(code: int) -> None:
     """End the process without the interpreter's clean-up, which takes seconds and can hang in a communication library."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

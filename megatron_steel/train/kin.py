@@ -36,8 +36,8 @@ class Kin:
         if runner is not None:
             self._launchers.append(runner)
             above = _parent(runner)
-            if above is not None and _words(above).startswith("sshd"):
-                self._launchers.append(above)
+            if _NODE_LAUNCHERS[0] in _words(runner) and above is not None and _words(above).startswith("sshd"):
+                self._launchers.append(above)  # `runner` is a shell that holds the remote command
 
     @property
     def launched(self) -> bool:
