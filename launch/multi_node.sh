@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every node of a host file: bash launch/multi_node.sh HOSTFILE RECIPE [key.path=value ...]
+# Every node of a host file, supervised: bash launch/multi_node.sh HOSTFILE RECIPE [key.path=value ...]
 # The host file has one line a node, "hostname slots=GPUS"; ssh (pdsh) must reach each without a password, and the
 # project, its environment and the data must lie under the same paths everywhere.
 set -euo pipefail
@@ -8,4 +8,4 @@ export PATH="$home/.venv/bin:$PATH"
 hostfile=${1:?usage: multi_node.sh HOSTFILE RECIPE [key.path=value ...]}
 [ -r "$hostfile" ] || { echo "error: cannot read the host file $hostfile" >&2; exit 78; }
 shift
-exec deepspeed --hostfile "$hostfile" --module megatron_steel.pretrain "$@"
+exec megatron-steel launch --hostfile "$hostfile" "$@"

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input)."""
     parser = _parser()
     known, rest = parser.parse_known_args(argv)
-    if rest and (known.action is not pretrain or any(word.startswith("-") for word in rest)):
+    if rest and (known.action not in (pretrain, launch) or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments = vars(known)
     if rest:  # overrides that stand behind --dry-run
@@ -32,6 +32,12 @@ def pretrain(recipe: str, overrides: list[str], dry_run: bool) -> None:
     from megatron_steel.pretrain import run
 
     run(recipe, overrides, dry_run)
+
+
+def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: str | None) -> None:
+    from megatron_steel.supervise import launch
+
+    launch(recipe, overrides, num_gpus, hostfile)
 
 
 def recipes(show: list[str]) -> None:
@@ -130,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
     p.add_argument("overrides", nargs="*", metavar="key.path=value")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+
+    p = verb(launch, "train a recipe on every GPU (two ranks without one), supervised: start again after a crash")
+    p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
+    p.add_argument("overrides", nargs="*", metavar="key.path=value")
+    p.add_argument("--num_gpus", type=int, metavar="N", help="ranks on each node (default: one per GPU)")
+    p.add_argument("--hostfile", metavar="F", help="several nodes, one line each: HOSTNAME slots=GPUS")
 
     p = verb(recipes, "list the shipped recipes, or show one")
     p.add_argument("show", nargs="*", metavar="show NAME")

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_steel.errors import EXIT_DONE, EXIT_INTERNAL, SteelError, Stopped, TrainingError
+from megatron_steel.errors import EXIT_DONE, EXIT_INTERNAL, SteelError, Stopped, StoppedEarly, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,14 @@ def start() -> "torch.device":
             {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
         )
         atexit.register(_leave)
-        torch.distributed.init_process_group("nccl" if gpu else "gloo", timeout=_TIMEOUT, **alone)
+        try:
+            torch.distributed.init_process_group("nccl" if gpu else "gloo", timeout=_TIMEOUT, **alone)
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            where = f"MASTER_PORT={os.environ.get('MASTER_PORT')}"
+            remedy = "give the launcher another --master_port (megatron-steel launch finds a free one)"
+            raise TrainingError("the port where the ranks shall meet is in use", where, remedy) from None
     if not gpu and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one machine share its cores; torch alone would give every rank all of them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_node()))
@@ -163,7 +170,7 @@ def exit_code(action: Callable[[], object]) -> int:
         if not error.shared or is_main():
             log.error("error: %s", error)
         return error.exit_code
-    except Stopped as stopped:
+    except (Stopped, StoppedEarly) as stopped:
         log.info("%s", stopped)
         return stopped.exit_code
     except Exception:

@@ -43,3 +43,9 @@ class Stopped(Exception):  # noqa: N818  (it is a request that was obeyed, not a
     """The run was asked to stop, has saved, and every rank leaves together with `EXIT_STOPPED`."""
 
     exit_code = EXIT_STOPPED
+
+
+class StoppedEarly(BaseException):  # no `except Exception` on its way may take it for a failure
+    """A stop asked for before the first step: nothing to save, so this rank leaves without waiting for the others."""
+
+    exit_code = EXIT_STOPPED

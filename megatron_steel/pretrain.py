@@ -3,7 +3,7 @@
 1. `plan_run` checks the recipe against data, tokenizer and model, so that bad input ends before anything is built.
 2. `_train` builds and audits the model, starts the engine, goes on from the newest whole checkpoint, and hands a `Job` to the loop.
 
-Exit codes are those of `errors.py`; all ranks leave together.
+Exit codes are those of `errors.py`; all ranks leave together. A guard thread ends a rank that cannot (`train/guard.py`).
 """
 
 import contextlib
@@ -28,54 +28,68 @@ if TYPE_CHECKING:
     from megatron_steel.checkpoint.commit import Checkpoint
     from megatron_steel.data.loader import Loader
     from megatron_steel.data.order import OrderState
+    from megatron_steel.train.guard import Guard
     from megatron_steel.train.monitor import Monitor
+    from megatron_steel.train.report import Report
     from megatron_steel.train.spikes import Spikes
     from megatron_steel.train.state import Progress
     from megatron_steel.train.watch import Watch
 
 
 def main(argv: list[str]) -> int:
-    """The launcher's entry: drops its `--local_rank=N`, keeps `--dry-run`. Returns the exit code."""
+    """The launcher's entry: drops its `--local_rank=N`, keeps `--dry-run` and the supervisor's folder. Returns the exit code."""
+    from megatron_steel.train.report import OPTION, Report
+
     dist.set_up_logging()
     arguments = [a for a in argv if not a.startswith("--local_rank=")]
+    folders = [a.removeprefix(OPTION) for a in arguments if a.startswith(OPTION)]
+    report = Report(Path(folders[0]) if folders else None)
     dry_run = "--dry-run" in arguments
-    name, *overrides = [a for a in arguments if a != "--dry-run"] or [""]
-    return dist.exit_code(lambda: run(name, overrides, dry_run))
+    name, *overrides = [a for a in arguments if a != "--dry-run" and not a.startswith(OPTION)] or [""]
+    code = dist.exit_code(lambda: run(name, overrides, dry_run, report))
+    report.end(code)
+    return code
 
 
-def run(name: str, overrides: list[str], dry_run: bool = False) -> None:
+def run(name: str, overrides: list[str], dry_run: bool = False, report: "Report | None" = None) -> None:
     """Train a recipe to its end, from where its run folder stands.
 
     Raises:
         SteelError: bad recipe or data, on all ranks alike.
         Stopped: a stop was asked for; everything is saved.
+        StoppedEarly: a stop was asked for before the first step, on this rank alone.
     """
+    from megatron_steel.train.guard import Guard
+    from megatron_steel.train.report import Report
     from megatron_steel.train.watch import Watch
 
     recipe = load_recipe(name, overrides)
     os.umask(os.umask(0o077) | stat.S_IWOTH)  # checkpoints are for their owner, and perhaps a group, to change
-    watch = Watch(recipe.train.stop_after_minutes)  # before anything slow, so that no signal is lost
-    if recipe.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    device = dist.start()
-    together = True
-    try:
-        with _deterministic(recipe.train.deterministic):
-            _train(recipe, watch, device, dry_run)
-    except SteelError as error:
-        together = error.shared
-        raise
-    except Stopped:
-        raise
-    except Exception:
+    watch = Watch(recipe.train.stop_after_minutes)
+    folder = Path(recipe.run.dir).expanduser()
+    # Before anything slow, so that no signal is lost.
+    with Guard(watch, report or Report(None), folder, recipe.train.hang_after_seconds) as guard:
+        if recipe.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        device = dist.start()
         together = False
-        raise
-    finally:
-        if together:
-            dist.barrier()  # the launcher kills the others as soon as one rank has left with an error
+        try:
+            with _deterministic(recipe.train.deterministic):
+                _train(recipe, watch, guard, device, dry_run)
+            together = True
+        except SteelError as error:
+            together = error.shared
+            raise
+        except Stopped:
+            together = True
+            raise
+        finally:
+            watch.leave()
+            if together:
+                dist.barrier()  # the launcher kills the others as soon as one rank has left with an error
 
 
-def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool) -> None:
+def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device", dry_run: bool) -> None:
     from megatron_steel.checkpoint.commit import published, warn_of_space
     from megatron_steel.data.loader import Loader
     from megatron_steel.train import engine as engines
@@ -118,7 +132,8 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
             seen = spikes.to_json() if spikes else None
             now = state.Progress(step, tokens, loader.state.to_json(), watch.skipped_steps, seen)
             kept = recipe.train.keep_last, recipe.train.keep_every_steps
-            return state.save(engine, folder / "checkpoints", now, facts, group_names, *kept)
+            with watch.saving():
+                return state.save(engine, folder / "checkpoints", now, facts, group_names, *kept)
 
         job = loop.Job(
             engine=engine,
@@ -139,6 +154,7 @@ def _train(recipe: Recipe, watch: "Watch", device: "torch.device", dry_run: bool
             peak_flops=_peak_flops(device),
         )
         try:
+            guard.begin(progress.step)
             loop.fit(job)
         finally:
             monitor.close()
@@ -392,4 +408,6 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from megatron_steel.train.guard import end_now
+
+    end_now(main(sys.argv[1:]))

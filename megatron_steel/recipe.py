@@ -128,6 +128,8 @@ class Train(_Section):
     """On a GPU: deterministic kernels, so that a resumed run repeats losses bitwise (slower)."""
     stop_after_minutes: float | None = None
     """Save and leave with exit code 75 after this time."""
+    hang_after_seconds: float | None = 1800
+    """No progress for so long: write the stacks of all ranks to the run folder and leave with exit code 70; null: never."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues when the run folder holds a whole checkpoint; `never` refuses a used folder."""
 
@@ -272,6 +274,7 @@ def _impossible_values(recipe: Recipe) -> list[str]:
         "train.eval_samples": t.eval_samples, "train.save_every_steps": t.save_every_steps,
         "train.keep_last": t.keep_last, "train.keep_every_steps": t.keep_every_steps,
         "train.stop_after_minutes": t.stop_after_minutes, "train.spike_score": t.spike_score,
+        "train.hang_after_seconds": t.hang_after_seconds,
     }  # fmt: skip
     problems = [
         f"{key}: {value} must be above 0 and finite"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_steel import dist
 from megatron_steel.errors import Stopped, TrainingError
 from megatron_steel.recipe import Recipe
-from megatron_steel.train.monitor import Monitor, progress_line
+from megatron_steel.train.monitor import METRICS, Monitor, progress_line, read_metrics
 from megatron_steel.train.optimizer import learning_rate
 from megatron_steel.train.spikes import Spikes
 from megatron_steel.train.watch import Watch
@@ -37,7 +37,7 @@ class Job:
 
     `next_batches()` gives this rank's micro-batches of the next step; `validation()` yields its validation
     micro-batches, equally many on every rank. `save(step, tokens, must)` commits a checkpoint; without `must` it may
-    fail and leave it to the next. `roll_back()` goes back to before the spike that `spikes` has confirmed and returns
+    fail, returns False and leaves it to the next. `roll_back()` goes back to before the spike that `spikes` has confirmed and returns
     (step, tokens) there, or None where it cannot.
     """
 
@@ -47,7 +47,7 @@ class Job:
     watch: Watch
     next_batches: Callable[[], list[Batch]]
     validation: Callable[[], Iterator[Batch]] | None
-    save: Callable[[int, int, bool], None]
+    save: Callable[[int, int, bool], bool]
     position: Callable[[], dict[str, float]]
     out_of_memory: Callable[[], str]
     steps: int
@@ -98,10 +98,13 @@ def fit(job: Job) -> None:
     train = job.recipe.train
     logged_at, save_due = job.step, False
     job.clock.take(1)
+    if job.validation and job.step and job.step % train.eval_every_steps == 0 and _not_validated(job):
+        validate(job)
     while job.step < job.steps:
         job.step += 1
         done = train_step(job)
         job.tokens += done.tokens
+        job.watch.progress(job.step)
         if job.spikes and job.spikes.seen(job.step, done.loss):
             there = job.roll_back()
             if there:
@@ -120,7 +123,8 @@ def fit(job: Job) -> None:
         if stop or last or (save_due and not (job.spikes and job.spikes.suspects)):
             save_due = False
             with job.clock.part("save"):
-                job.save(job.step, job.tokens, bool(stop or last))
+                saved = job.save(job.step, job.tokens, bool(stop or last))
+            stop = stop or (saved and job.watch.agreed_stop())  # asked for meanwhile: leave without another step
         if stop and not last:
             reason = next(r for r in dist.gather(job.watch.stop_wanted()) if r)
             raise Stopped(f"stopped at step {job.step} of {job.steps} on request ({reason})")
@@ -167,24 +171,39 @@ def train_step(job: Job) -> StepResult:
     return StepResult(total / max(1, tokens), tokens, lr, norm)
 
 
-def validate(job: Job) -> float:
-    """Mean loss per token over the validation samples; logged under `validation_loss`."""
+def validate(job: Job) -> float | None:
+    """Mean loss per token over the validation samples; logged under `validation_loss`.
+
+    None when a stop was asked for in between: a long evaluation does not hold it up, `fit` makes good for it at the resume.
+    """
     import torch
 
     assert job.validation is not None
-    engine = job.engine
+    engine, stop = job.engine, False
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     engine.eval()
     with torch.no_grad(), job.clock.part("validation"):
         for batch in job.validation():
             sums[0] += engine(**to_device(batch, engine.device))
             sums[1] += (batch["labels"] != -100).sum()
+            job.watch.progress(job.step)
+            stop = job.watch.agreed_stop()
+            if stop:
+                break
     engine.train()
+    if stop:
+        return None
     torch.distributed.all_reduce(sums)
     loss = float(sums[0] / sums[1])
     job.monitor.scalars(job.step, {"tokens": job.tokens, "validation_loss": loss})
     dist.log.info("step %6d/%d | validation loss %.4f over %d tokens", job.step, job.steps, loss, int(sums[1]))
     return loss
+
+
+def _not_validated(job: Job) -> bool:
+    """True on all ranks when the metrics lack the evaluation of the step the run continues from."""
+    rows = read_metrics(job.monitor.folder / METRICS) if dist.is_main() else []
+    return dist.any_rank(dist.is_main() and not any(r["step"] == job.step and "validation_loss" in r for r in rows))
 
 
 def log_step(job: Job, done: StepResult, steps: int) -> None:

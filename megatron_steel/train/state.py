@@ -128,9 +128,11 @@ class Saves:
     def __init__(self, save: Callable[[int, int], Path]):
         self._save, self._failed = save, 0
 
-    def __call__(self, step: int, tokens: int, must: bool = True) -> None:
-        """Args: must: nothing comes after this save (the end, or a stop): its failure is the run's.
+    def __call__(self, step: int, tokens: int, must: bool = True) -> bool:
+        """True when it is saved.
 
+        Args:
+            must: nothing comes after this save (the end, or a stop): its failure is the run's.
         Raises NotWritten, on every rank.
         """
         try:
@@ -141,9 +143,10 @@ class Saves:
                 raise
             dist.log.error("NOT SAVED at step %d: %s\n  training goes on to the next save; failure %d of %d ends the run",
                            step, error, self._failed, _FAILED_SAVES)  # fmt: skip
-        else:
-            self._failed = 0
-            dist.log.info("saved %s", path)
+            return False
+        self._failed = 0
+        dist.log.info("saved %s", path)
+        return True
 
 
 def find(folder: Path) -> commit.Checkpoint | None:

@@ -1,0 +1,281 @@
+"""`megatron-steel launch`: keep a job running until it is complete, is asked to stop, or cannot go on.
+
+1. `launch` reads the recipe, so that a mistake in it ends before anything starts, and hands a command to `Supervisor`.
+2. `Supervisor.run` starts `deepspeed` again and again: each start ends in an `Outcome`, and `_next` decides.
+3. `_one_start` waits for the launcher and its ranks, passes a stop on to all of them at once, and leaves no process.
+
+It wraps DeepSpeed's launcher and never trusts its exit code: what ranks report (`train/report.py`) is the truth, and
+where the run stands is found by scanning its checkpoints. Knows nothing of how training works.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_steel import dist
+from megatron_steel.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    EXIT_STOPPED,
+    SteelError,
+    Stopped,
+    TrainingError,
+)
+from megatron_steel.train import report
+from megatron_steel.train.outcome import Outcome, judge
+from megatron_steel.train.watch import stop_signals
+
+HISTORY = "launches.jsonl"
+_SAME_FAILURES = 3
+_FAILURES_WITHOUT_PROGRESS = 10
+_LONGEST_PAUSE = 300.0  # seconds between two starts
+_LOOK_EVERY = 0.2
+_FAILED_ENDS_IN = 5.0  # seconds that the other ranks have after one has failed
+_LEFT_END_IN = 60.0  # seconds for ranks that save because their launcher has died; they end themselves sooner if stuck
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: str | None) -> None:
+    """Train a recipe under supervision; a rank per GPU, or two ranks where there is none.
+
+    Raises:
+        SteelError: bad recipe or data; the same failure three times at the same step.
+        Stopped: stopped on request; everything is saved.
+        TrainingError: the job failed while it was stopping.
+    """
+    from megatron_steel.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    if hostfile and not Path(hostfile).is_file():
+        raise SteelError("there is no such host file", hostfile, "write one line a node: HOSTNAME slots=GPUS")
+    if num_gpus is not None and num_gpus < 1:
+        raise SteelError(f"{num_gpus} ranks cannot train", "--num_gpus", "give at least 1, or leave it out")
+    folder = Path(resolved.run.dir).expanduser().absolute()
+    supervisor = Supervisor(folder, [recipe, *overrides], resolved.train.stop_after_minutes)
+    with supervisor.listening():
+        where = ["--hostfile", hostfile] if hostfile else []
+        if num_gpus is None and not hostfile and not _sees_gpus():
+            num_gpus = 2
+        supervisor.run([*where, *(["--num_gpus", str(num_gpus)] if num_gpus else [])])
+
+
+class Supervisor:
+    """One per command.
+
+    Args:
+        folder: the run folder.
+        words: the recipe and its overrides.
+        stop_after_minutes: the time budget over all starts.
+    """
+
+    def __init__(self, folder: Path, words: list[str], stop_after_minutes: float | None):
+        self._folder, self._words = folder, words
+        self._deadline = None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
+        self._asked: str | None = None
+        self._now = False
+        self._failures: Counter[str] = Counter()
+        self._failed_since_progress = 0
+        self._newest = self._newest_checkpoint()
+
+    @contextlib.contextmanager
+    def listening(self) -> Any:
+        """Take the signals over."""
+        before = {n: signal.signal(n, self._on_signal) for n in stop_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._now |= number == signal.SIGINT and self._asked == "SIGINT"  # the second Ctrl-C means now
+        self._asked = self._asked or signal.Signals(number).name
+
+    def run(self, where: list[str]) -> None:
+        """Start the job until it ends for good; how, is said as by `launch`. `where`: the launcher's options for nodes and ranks."""
+        pause, number = 0.0, 0
+        while True:
+            self._sleep(pause)
+            number, began = number + 1, time.time()
+            outcome = self._one_start(number, where)
+            self._remember(began, outcome)
+            if outcome.exit_code == EXIT_DONE:
+                return
+            pause = self._next(outcome)
+            told = f"the job failed after step {outcome.step}: {outcome.cause}\n{_indented(outcome.detail)}".rstrip()
+            dist.log.warning("%s\nstarting again in %.0f s from %s", told, pause, self._newest or "the beginning")
+
+    def _next(self, outcome: Outcome) -> float:
+        """Seconds to wait before the next start; raises where there is none."""
+        if outcome.exit_code == EXIT_STOPPED:
+            raise Stopped(f"{outcome.cause} at step {outcome.step}; the same command goes on from there")
+        if outcome.exit_code == EXIT_BAD_INPUT:
+            raise SteelError(outcome.cause, self._folder, f"mend it and start again\n{_indented(outcome.detail)}")
+        newest = self._newest_checkpoint()
+        if newest != self._newest:
+            self._newest, self._failed_since_progress = newest, 0
+            self._failures.clear()
+        if self._wanted():
+            raise TrainingError(f"asked to stop ({self._asked}), but {outcome.cause}", self._folder,
+                                f"start again: it goes on from {self._newest or 'the beginning'}\n{_indented(outcome.detail)}")  # fmt: skip
+        self._failures[outcome.kind] += 1
+        self._failed_since_progress += 1
+        same, idle = self._failures[outcome.kind], self._failed_since_progress
+        if same >= _SAME_FAILURES or idle >= _FAILURES_WITHOUT_PROGRESS:
+            times = (
+                f"{same} times after step {outcome.step}"
+                if same >= _SAME_FAILURES
+                else f"{idle} times without a new checkpoint"
+            )
+            raise SteelError(f"the run failed {times}: {outcome.cause}", self._folder,
+                             f"starting again will not help: mend the cause first\n{_indented(outcome.detail)}")  # fmt: skip
+        return min(_LONGEST_PAUSE, 3.0 ** (idle - 1))
+
+    def _one_start(self, number: int, where: list[str]) -> Outcome:
+        """Run the launcher once, to the end of its last process."""
+        reports = self._reports_folder(number)
+        try:
+            launcher = self._start(reports, where)
+            try:
+                self._wait(launcher, reports)
+            finally:
+                left = _processes(reports)
+                _kill(left)
+                code = launcher.wait()
+            return judge(report.read_all(reports), code, {process.pid for process in left}, self._asked is not None)
+        finally:
+            shutil.rmtree(reports, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()  # a run that never began leaves no folder
+
+    def _start(self, reports: Path, where: list[str]) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", _free_port(), "--module",
+                   "megatron_steel.pretrain", f"{report.OPTION}{reports}", *self._words]  # fmt: skip
+        parent, libc = os.getpid(), ctypes.CDLL(None)
+
+        def die_with_parent() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # its ranks notice, save and leave
+            if os.getppid() != parent:
+                os._exit(EXIT_INTERNAL)
+
+        # A session of its own: Ctrl-C in a terminal shall reach this process alone, which tells all ranks at once.
+        return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+
+    def _wait(self, launcher: "subprocess.Popen[bytes]", reports: Path) -> None:
+        """Until nothing of the job lives, or what lives must be killed."""
+        told, kill_at = False, float("inf")
+        while True:
+            if self._wanted() and not told:
+                dist.log.info("asked to stop (%s): every rank saves at the end of its step", self._asked)
+                report.ask_to_stop(reports, str(self._asked))
+                told = True
+            now = time.monotonic()
+            ranks = report.read_all(reports)
+            codes = [r["exit_code"] for r in ranks]
+            if launcher.poll() is not None:
+                elsewhere = any(r["host"] != socket.gethostname() and r["exit_code"] is None for r in ranks)
+                if not elsewhere and not _processes(reports):
+                    return
+                kill_at = min(kill_at, now + _LEFT_END_IN)
+            if any(code not in (None, EXIT_DONE, EXIT_STOPPED) for code in codes):
+                kill_at = min(kill_at, now + _FAILED_ENDS_IN)
+            if codes and None not in codes:  # all have said their last word
+                kill_at = min(kill_at, now + 2 * _FAILED_ENDS_IN)
+            if self._now or now > kill_at:
+                return
+            time.sleep(_LOOK_EVERY)
+
+    def _wanted(self) -> bool:
+        """True when this process was asked to stop."""
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._asked = self._asked or "train.stop_after_minutes is over"
+        return self._asked is not None
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._wanted():
+            if time.monotonic() >= until:
+                return
+            time.sleep(_LOOK_EVERY)
+        raise Stopped(f"stopped on request ({self._asked}) before a start; the same command goes on from there")
+
+    def _newest_checkpoint(self) -> str | None:
+        from megatron_steel.checkpoint.commit import published
+
+        return next((path.name for path in reversed(published(self._folder / "checkpoints"))), None)
+
+    def _reports_folder(self, number: int) -> Path:
+        """A fresh folder for the ranks of one start, inside the run folder, which all nodes see."""
+        mark = f".launch-{socket.gethostname()}-"
+        folder = self._folder / f"{mark}{os.getpid()}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            for other in self._folder.glob(f"{mark}*"):  # of a supervisor that was killed
+                if not Path("/proc", other.name.removeprefix(mark).split("-")[0]).exists():
+                    shutil.rmtree(other, ignore_errors=True)
+        except OSError as error:
+            what = f"the run folder cannot be written: {error.strerror}"
+            raise SteelError(what, self._folder, "choose another run.dir, or mend this one") from error
+        return folder
+
+    def _remember(self, began: float, outcome: Outcome) -> None:
+        """One line per start in the run folder, if there is one: to see afterwards what happened in the night."""
+        line = {"began": round(began, 1), "ended": round(time.time(), 1), "exit_code": outcome.exit_code,
+                "step": outcome.step, "cause": outcome.cause}  # fmt: skip
+        if self._folder.is_dir():
+            with contextlib.suppress(OSError), (self._folder / HISTORY).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _processes(reports: Path) -> list[Any]:
+    """The processes of one start that live on this machine: its folder stands in their command lines; and their children."""
+    import psutil
+
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] == psutil.STATUS_ZOMBIE or f"{report.OPTION}{reports}" not in (
+            process.info["cmdline"] or ()
+        ):
+            continue
+        found[process.pid] = process
+        with contextlib.suppress(psutil.Error):
+            found |= {child.pid: child for child in process.children(recursive=True)}
+    return list(found.values())
+
+
+def _kill(processes: list[Any]) -> None:
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _free_port() -> str:
+    """A port for the rendezvous that nobody listens on now; should it be taken in between, the next start has another."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+def _sees_gpus() -> bool:
+    """Whether torch sees a GPU, asked in a process that ends: this one shall stay small and hold no device."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], check=False, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    | {line}" for line in text.splitlines())
