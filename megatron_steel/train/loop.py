@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_steel import dist
 from megatron_steel.errors import Stopped, TrainingError
 from megatron_steel.recipe import Recipe
+from megatron_steel.train.health import Health, by_layer, extremes
 from megatron_steel.train.monitor import Monitor, progress_line
 from megatron_steel.train.optimizer import learning_rate
 from megatron_steel.train.watch import Watch
@@ -52,6 +53,10 @@ class Job:
     flops_per_token: float = 0.0
     peak_flops: float | None = None
     clock: "Clock" = field(default_factory=lambda: Clock())
+    health: Health = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.health = Health(self.engine.module, self.engine.device)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def fit(job: Job) -> None:
         done = train_step(job)
         job.tokens += done.tokens
         last = job.step == job.steps
-        if job.step % train.log_every_steps == 0 or last:
+        if is_logged(job):
             log_step(job, done, job.step - logged_at)
             logged_at = job.step
         if job.validation and (job.step % train.eval_every_steps == 0 or last):
@@ -130,11 +135,13 @@ def train_step(job: Job) -> StepResult:
     norm = None
     try:
         for batch in micro_batches:
-            with job.clock.part("forward"):
+            with job.clock.part("forward"), job.health.watching(is_logged(job)):
                 loss = engine(**to_device(batch, engine.device))
             loss_sum += loss.detach()
             with job.clock.part("backward"):
                 engine.backward(loss * scale)
+                if is_logged(job) and engine.is_gradient_accumulation_boundary():
+                    job.health.read_gradients()
             with job.clock.part("optimizer"):
                 norm = apply_step(engine, recipe.optim.clip_grad_norm)
     except torch.OutOfMemoryError as error:
@@ -177,6 +184,7 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
     seconds_training = parts["seconds_step"] - aside
     tokens_per_second = done.tokens / seconds_training
     norm = done.grad_norm if done.grad_norm is not None else float(job.engine.get_global_grad_norm())
+    health = job.health.take()
     row = {
         "tokens": job.tokens,
         "loss": float(done.loss),
@@ -187,11 +195,16 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
         **job.position(),
         "memory_gib": memory_gib(job.engine.device),
         "skipped_steps": job.watch.skipped_steps,
+        **extremes(health),
     }
     if job.peak_flops:
         row["share_of_peak"] = tokens_per_second * job.flops_per_token / (job.peak_flops * dist.world_size())
-    job.monitor.scalars(job.step, row)
+    job.monitor.scalars(job.step, row, by_layer(health))
     dist.log.info("%s", progress_line(job.step, job.steps, row, (job.steps - job.step) * seconds_training))
+
+
+def is_logged(job: Job) -> bool:
+    return job.step % job.recipe.train.log_every_steps == 0 or job.step == job.steps
 
 
 def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None:
