@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_steel import audit_probe
 from megatron_steel.model.configuration_steel import FFN_TYPES, MLP_TYPES, SteelConfig
 from megatron_steel.model.modeling_steel import SteelForCausalLM, SteelModel, rotary_tables
 
@@ -138,6 +139,62 @@ def test_ffn_formulas(ffn, mlp_type):
     x = torch.randn(2, 7, 64)
     expected = torch.stack([by_hand(mlp, ffn, row.double()) for row in x])
     torch.testing.assert_close(mlp(x).double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def layer_by_hand(layer, ffn, x, allowed):
+    """One sequence [T, h] through a decoder layer in fp64. `allowed` [T, T]; a query with no key takes the mean of all."""
+    w = {name: p.double() for name, p in layer.named_parameters()}
+    config, T = layer.self_attn.config, len(x)
+    heads, d = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+
+    def norm(x, name):
+        return w[f"{name}.weight"] * x / (x.pow(2).mean(1, keepdim=True) + config.rms_norm_eps).sqrt()
+
+    def turn(rows):
+        angle = torch.arange(T, dtype=torch.float64)[:, None] / 1e6 ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
+        a, b = rows[..., : d // 2], rows[..., d // 2 :]
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+    read = norm(x, "input_layernorm")
+    q, k, v = ((read @ w[f"self_attn.{n}_proj.weight"].T + w[f"self_attn.{n}_proj.bias"]).view(T, -1, d).transpose(0, 1) for n in "qkv")  # fmt: skip
+    group = heads // config.num_key_value_heads
+    parts = []
+    for head in range(heads):
+        scores = turn(q[head]) @ turn(k[head // group]).T / d**0.5
+        parts.append(scores.masked_fill(~allowed, -1e30).softmax(1) @ v[head // group])
+    x = x + torch.cat(parts, 1) @ w["self_attn.o_proj.weight"].T
+    return x + by_hand(layer.mlp, ffn, norm(x, "post_attention_layernorm"))
+
+
+@pytest.mark.parametrize("padding", [0, 3, -3])
+@pytest.mark.parametrize("weights", ["ordinary", "enlarged"])
+@pytest.mark.parametrize("mlp_type", MLP_TYPES)
+@pytest.mark.parametrize("ffn", PUBLISHED)
+@torch.no_grad()
+def test_the_whole_model_is_the_original_s_formulas(ffn, mlp_type, weights, padding):
+    """GQA, biases, theta 1e6, untied head; padding on the left, on the right or none. Within 1e-5 of the largest logit in fp32.
+
+    Enlarged: every part adds its share to the stream, biases are not 0. Then what rounding makes of a logit grows with the
+    layers before it, so the tolerance is of the largest logit.
+    """
+    model = tiny(FFN_type=ffn, mlp_type=mlp_type, initializer_range=0.02)
+    if weights == "enlarged":
+        audit_probe.enlarge(model, 13)
+    ids, T = some_ids(1, 13), 13
+    mask = torch.ones_like(ids)
+    mask[0, : max(padding, 0)] = 0
+    mask[0, T + min(padding, 0) :] = 0
+    allowed = torch.ones(T, T, dtype=torch.bool).tril() & mask[0].bool()
+    x = model.model.embed_tokens.weight.double()[ids[0]]
+    for layer in model.model.layers:
+        x = layer_by_hand(layer, ffn, x, allowed)
+    x = model.model.norm.weight.double() * x / (x.pow(2).mean(1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    expected = x @ model.lm_head.weight.double().T
+    rows = slice(None) if model.config.sees_future else mask[0].bool()  # nobody reads the others
+    for attention in ("eager", "sdpa"):
+        model.config._attn_implementation = attention
+        found = model(ids, attention_mask=mask, use_cache=False).logits[0].double()
+        assert (found - expected)[rows].abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), attention
 
 
 def test_rotary_tables_are_fp32_whatever_the_model_is():
