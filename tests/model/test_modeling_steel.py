@@ -1,6 +1,7 @@
 """The shipped architecture: shapes and counts, formulas, causality, cache, padding, masks, checkpointing, export."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -301,6 +302,61 @@ def test_sdpa_equals_eager_also_with_a_given_mask():
         torch.testing.assert_close(other, logits[0], rtol=1e-5, atol=1e-5)
     plain = [tiny(attn_implementation=name)(ids).logits for name in ("sdpa", "eager")]
     torch.testing.assert_close(plain[0], plain[1], rtol=1e-5, atol=1e-5)
+
+
+def _like_flash(module, query, key, value, padding_BS, scaling, dropout, **kwargs):
+    """What a flash kernel is told: padding or nothing; the causal rule it keeps by itself, aligned to the last key."""
+    assert padding_BS is None or padding_BS.dim() == 2
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    T, S = query.shape[2], key.shape[2]
+    allowed = torch.ones(T, S, dtype=torch.bool).tril(S - T)[None, None]
+    if padding_BS is not None:
+        allowed = allowed & padding_BS[:, None, None].bool() | torch.eye(T, S, dtype=torch.bool)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~allowed, -1e30)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+@torch.no_grad()
+def test_an_attention_of_the_library_s_table_is_used_and_a_flash_kernel_gets_padding_only():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("flash_by_hand", _like_flash)
+    ids = some_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for ffn in CAUSAL:
+        model, other = tiny(FFN_type=ffn), tiny(FFN_type=ffn)
+        assert other._supports_flash_attn
+        assert other._supports_flex_attn
+        other.config._attn_implementation = "flash_by_hand"
+        for inputs in ({}, {"attention_mask": mask}):
+            torch.testing.assert_close(
+                other(ids, **inputs).logits[:, 4:], model(ids, **inputs).logits[:, 4:], rtol=1e-5, atol=1e-5
+            )
+        full = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+        with pytest.raises(ValueError, match="use sdpa for a complete mask"):
+            other(ids, attention_mask=full)
+        written = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (model, other)]
+        assert torch.equal(*written)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention is compiled, and there is no compiler")
+@torch.no_grad()
+def test_flex_attention_equals_eager():
+    """Plain, with padding, with a complete mask, and over a cache."""
+    ids = some_ids()
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    complete = torch.ones(12, 12, dtype=torch.bool).tril()
+    complete[6:, :6] = False
+    for ffn in ("raw", "softmoe_v3", "softmoe_causal"):
+        eager, flex = (tiny(FFN_type=ffn, attn_implementation=name) for name in ("eager", "flex_attention"))
+        for mask in (None, padding, complete.expand(2, 1, 12, 12)):
+            found, wanted = (m(ids, attention_mask=mask, use_cache=False).logits for m in (flex, eager))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        written = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (eager, flex)]
+        assert torch.equal(*written)
 
 
 def test_the_loss_is_the_shifted_cross_entropy_and_counts_items():
