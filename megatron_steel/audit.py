@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
+from megatron_steel.model.verdict import AUDIT
 
 if TYPE_CHECKING:
     import torch
@@ -111,20 +112,35 @@ def quick_audit(model: Any) -> dict[str, Any]:
     except SteelError:
         raise
     except Exception as error:  # whatever foreign code does when it is called in parts
-        problem = f"{type(error).__name__}: {error}"
-        return {"causal": None, "verdict": f"not audited: {problem}", "problem": problem, "leaks": [], "quick": True}
+        return _unknown(f"{type(error).__name__}: {error}")
     return {**_verdict(model, whole, layers), "quick": True}
 
 
+def verdict_of(source: Path, trust_code: bool = False) -> dict[str, Any]:
+    """The quick audit of a folder or checkpoint that has no `audit.json`, for a verb that must know; says what it found.
+
+    Plain JSON values. Nothing is written. What cannot be audited is no reason to refuse the verb: `causal` is then None.
+    """
+    dist.log.info("%s has no %s: it is audited first", source, AUDIT)
+    try:
+        report = quick_audit(load_for_audit(source, trust_code))
+    except SteelError as error:
+        report = _unknown(str(error.what))
+    warning = warning_of(report)
+    if warning:
+        dist.log.warning("%s", warning)
+    return _plain(report)
+
+
 def warning_of(report: dict[str, Any]) -> str | None:
-    """What a run says before its first step; None where the model is causal."""
+    """What a run says before its first step, and a verb before it goes on; None where the model is causal."""
     if report["causal"]:
         return None
     if report["causal"] is None:
         return f"the model could not be audited, so nobody knows whether its loss is true: {report['problem']}"
     what = ", ".join(sorted({leak["what"] for leak in report["leaks"]}))
     return (
-        f"{what} lets every position see later tokens: the loss below is NOT a language-model loss, and cached decoding "
+        f"{what} lets every position see later tokens: its loss is NOT a language-model loss, and cached decoding "
         f"computes another function ({report['verdict']})"
     )
 
@@ -147,7 +163,8 @@ def load_for_audit(source: Path, trust_code: bool) -> Any:
                              "run `megatron-steel import` on it first, then audit what that wrote")  # fmt: skip
         config = build_config(Model(path=str(source), trust_code=trust_code))
         return build_model(config, 0, str(source), trust_code)
-    if not (source / "checkpoints").is_dir() and not source.name.startswith("step-"):
+    checkpoint = (source / "manifest.json").is_file() or source.name.startswith("step-")
+    if not (source / "checkpoints").is_dir() and not checkpoint:
         raise SteelError("there is no model here", source, "name a Hugging Face folder, a run folder or a checkpoint")
     return _model_of_checkpoint(source)
 
@@ -241,6 +258,11 @@ def _verdict(model: Any, whole: "dict[str, Reading]", layers: "list[list[Part]]"
         "whole_model": {weights: vars(reading) for weights, reading in whole.items()},
         "layers": [{"parts": [_row(part) for part in parts]} for parts in layers],
     }
+
+
+def _unknown(problem: str) -> dict[str, Any]:
+    verdict = f"not audited: {problem}"
+    return {"format_version": 1, "causal": None, "verdict": verdict, "problem": problem, "leaks": [], "quick": True}
 
 
 def _leaks(model: Any, layers: "list[list[Part]]") -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_steel.audit_probe import rms
-from megatron_steel.audit_replay import decoder_layers, forward, logits_of, takes
+from megatron_steel.audit_replay import forward, logits_of, takes
+from megatron_steel.model import parts
 
 _LENGTH, _PADDED = 23, 5
 
@@ -91,13 +91,13 @@ def padding(model: Any, seed: int = 0) -> float | None:
 def health(model: Any, ids_BT: torch.Tensor) -> list[dict[str, float | None]]:
     """Per layer: RMS of the FFN's output over that of the layer's (`ffn_share`), and gradient RMS of the next-token loss
     by the weights of FFN and attention. One backward pass; each gradient is dropped as soon as it is measured."""
-    layers = decoder_layers(model)
+    layers = [layer for _, layer in parts.decoder_layers(model)]
+    sizes: dict[str, float] = {}
     squares: dict[str, list[float]] = {}
-    shares: dict[int, float] = {}
     handles: list[Any] = []
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    for i, (_, layer) in enumerate(layers):
-        handles += _watch(i, layer, squares, shares)
+    for i, layer in enumerate(layers):
+        handles += _watch(i, layer, sizes, squares)
     try:
         with torch.enable_grad():
             model.requires_grad_(True)
@@ -111,27 +111,17 @@ def health(model: Any, ids_BT: torch.Tensor) -> list[dict[str, float | None]]:
         for p in frozen:
             p.requires_grad_(False)
     return [
-        {"ffn_share": shares.get(i), "ffn_gradient": _mean(squares, f"{i}.ffn"), "attention_gradient": _mean(squares, f"{i}.attention")}
+        {"ffn_share": _share(sizes, i), "ffn_gradient": _mean(squares, f"{i}.ffn"), "attention_gradient": _mean(squares, f"{i}.attention")}
         for i in range(len(layers))
     ]  # fmt: skip
 
 
-def kind_of(name: str, module: nn.Module) -> str | None:
-    """`attention`, `ffn` or None (norms, dropout) for a part of a layer, by its names and its matrices."""
-    if not any(p.dim() >= 2 for p in module.parameters()):
-        return None
-    words = f"{name} {type(module).__name__}".lower()
-    return "attention" if any(word in words for word in ("attn", "attention")) else "ffn"
-
-
-def _watch(i: int, layer: nn.Module, squares: dict[str, list[float]], shares: dict[int, float]) -> list[Any]:
-    sizes: dict[str, float] = {}
-
+def _watch(i: int, layer: nn.Module, sizes: dict[str, float], squares: dict[str, list[float]]) -> list[Any]:
     def add(key: str) -> Any:
         def measure(p: torch.Tensor) -> None:
             if p.grad is not None:
                 total = squares.setdefault(key, [0.0, 0.0])
-                total[0] += float(p.grad.double().pow(2).sum())
+                total[0] += float(parts.square_sum(p.grad))
                 total[1] += p.numel()
                 p.grad = None
 
@@ -139,20 +129,24 @@ def _watch(i: int, layer: nn.Module, squares: dict[str, list[float]], shares: di
 
     def size(key: str) -> Any:
         def measure(module: nn.Module, args: Any, output: Any) -> None:
-            sizes[key] = rms(output[0] if isinstance(output, tuple) else output)
-            if key == "layer" and "ffn" in sizes:
-                shares[i] = sizes["ffn"] / sizes["layer"] if sizes["layer"] else math.nan
+            sizes[key] = parts.rms(parts.first_tensor(output))
 
         return measure
 
-    handles = [layer.register_forward_hook(size("layer"))]
-    for name, part in layer.named_children():
-        kind = kind_of(name, part)
-        if kind:
-            handles += [p.register_post_accumulate_grad_hook(add(f"{i}.{kind}")) for p in part.parameters()]
-        if kind == "ffn" and not isinstance(part, (nn.ModuleList, nn.ModuleDict)):
-            handles.append(part.register_forward_hook(size("ffn")))
+    handles = [layer.register_forward_hook(size(f"{i}.layer"))]
+    ffns = parts.feed_forwards(layer)
+    for kind, found in (("ffn", ffns), ("attention", parts.attentions(layer))):
+        weights = {id(p): p for part in found for p in part.parameters()}
+        handles += [p.register_post_accumulate_grad_hook(add(f"{i}.{kind}")) for p in weights.values()]
+    if ffns and not isinstance(ffns[-1], (nn.ModuleList, nn.ModuleDict)):
+        handles.append(ffns[-1].register_forward_hook(size(f"{i}.ffn")))
     return handles
+
+
+def _share(sizes: dict[str, float], i: int) -> float | None:
+    if f"{i}.ffn" not in sizes:
+        return None
+    return sizes[f"{i}.ffn"] / sizes[f"{i}.layer"] if sizes[f"{i}.layer"] else math.nan
 
 
 def _mean(squares: dict[str, list[float]], key: str) -> float | None:
@@ -179,7 +173,7 @@ def _token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Te
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).abs().max()) / (rms(a) or 1.0)
+    return float((a.double() - b.double()).abs().max()) / (parts.rms(a) or 1.0)
 
 
 def _random(model: Any, rows: int, length: int, seed: int) -> torch.Tensor:

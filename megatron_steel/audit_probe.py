@@ -22,7 +22,6 @@ from torch import nn
 
 from megatron_steel.audit_replay import (
     Call,
-    decoder_layers,
     embedding_of,
     forward,
     kind_of_layer,
@@ -32,6 +31,7 @@ from megatron_steel.audit_replay import (
     token_axis,
 )  # fmt: skip
 from megatron_steel.errors import SteelError
+from megatron_steel.model.parts import decoder_layers, rms
 
 ROUNDING = 1e-5
 """Largest change of an output, over the outputs' RMS, that counts as rounding."""
@@ -64,11 +64,6 @@ class Part:
     @property
     def reads_future(self) -> bool:
         return any(reading.reads_future for reading in self.readings.values())
-
-
-def rms(x: torch.Tensor) -> float:
-    """Root mean square, in fp64: numbers of 1e-25 have squares."""
-    return float(x.detach().double().pow(2).mean().sqrt())
 
 
 def whole_model(model: nn.Module, length: int, seed: int = 0) -> Reading:

@@ -29,20 +29,6 @@ class _SeenEnough(Exception):  # noqa: N818  (it ends a forward pass early)
     pass
 
 
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder layers in order; [] where the model keeps no list of them."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    wanted = getattr(text, "num_hidden_layers", None)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    # The list of that length, else the outermost; a list of experts lies deeper than the layers.
-    lists.sort(key=lambda item: (len(item[1]) != wanted, item[0].count("."), -len(item[1])))
-    if not lists:
-        return []
-    name, found = lists[0]
-    return [(f"{name}.{i}", layer) for i, layer in enumerate(found)]
-
-
 def forward(model: nn.Module, ids_BT: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """Logits [B, T, V] of a pass without a cache."""
     if takes(model, "use_cache"):

@@ -93,9 +93,10 @@ def merge(prefixes: list[str], output: str) -> None:
 
 
 def export(source: str, output: str, dtype: str, verify: bool) -> None:
+    from megatron_steel.audit import verdict_of
     from megatron_steel.convert.hf import export
 
-    export(source, output, dtype=dtype, verify=verify)
+    export(source, output, dtype=dtype, verify=verify, audit=verdict_of)
 
 
 def import_hf(source: str, output: str, trust_code: bool) -> None:
@@ -117,9 +118,10 @@ def generate(model: str, prompt: str, max_new_tokens: int, greedy: bool, trust_c
 
 
 def evaluate(model: str, tasks: str, **settings: Any) -> None:
+    from megatron_steel.audit import verdict_of
     from megatron_steel.post.evaluate import evaluate
 
-    evaluate(model, tasks.split(","), **settings)
+    evaluate(model, tasks.split(","), **settings, audit=verdict_of)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -192,7 +192,7 @@ def _audit(model: Any, folder: Path) -> bool | None:
     On rank 0 alone, on the whole model in fp32 on the CPU.
     """
     from megatron_steel.audit import quick_audit, warning_of, write_json
-    from megatron_steel.convert.card import AUDIT
+    from megatron_steel.model.verdict import AUDIT
 
     report = quick_audit(model)
     write_json(folder / AUDIT, report)

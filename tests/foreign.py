@@ -84,13 +84,13 @@ class MeanForCausalLM(PreTrainedModel):
 """
 
 
-def write_foreign(folder: Path, canary: Path, mean: str = CAUSAL) -> Path:
+def write_foreign(folder: Path, canary: Path, mean: str = CAUSAL, vocabulary: int = VOCABULARY) -> Path:
     """A Hugging Face folder without weights, whose code leaves `canary` behind when it runs."""
     folder.mkdir(parents=True)
     (folder / "configuration_mean.py").write_text(_CONFIGURATION.format(canary=str(canary)))
     (folder / "modeling_mean.py").write_text(_MODELLING.format(mean=mean))
     config = {
-        "model_type": "mean_mixer", "architectures": ["MeanForCausalLM"], "vocab_size": VOCABULARY, "hidden_size": 32,
+        "model_type": "mean_mixer", "architectures": ["MeanForCausalLM"], "vocab_size": vocabulary, "hidden_size": 32,
         "num_hidden_layers": 2, "tie_word_embeddings": False,
         "auto_map": {"AutoConfig": "configuration_mean.MeanConfig", "AutoModelForCausalLM": "modeling_mean.MeanForCausalLM"},
     }  # fmt: skip

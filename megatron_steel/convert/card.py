@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel.checkpoint.commit import Checkpoint
+from megatron_steel.model.verdict import read_verdict, sees_future
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-AUDIT = "audit.json"
-"""The audit's verdict (`causal`) on a model, in its run folder and in its exports."""
 
 
 def write_card(
@@ -37,7 +35,6 @@ def write_card(
     manifest = checkpoint.manifest
     code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     loss = validation_loss(checkpoint)
-    sees_future = bool(getattr(config, "sees_future", False)) or _verdict(folder) is False
     rows = [
         ("architecture", f"`{config.model_type}`" + (f", FFN `{config.FFN_type}`" if hasattr(config, "FFN_type") else "")),
         ("parameters", f"{parameters:,} ({dtype})"),
@@ -54,7 +51,7 @@ def write_card(
         origin=f"Trained further from `{Path(start).name}`" if start else "Pretrained from scratch",
         version=version,
         table=table,
-        warning=_WARNING if sees_future else "",
+        warning=_WARNING if sees_future(config, read_verdict(folder)) else "",
         load=_how_to_load(code, tokenizer),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -75,12 +72,6 @@ def validation_loss(checkpoint: Checkpoint) -> tuple[int, float] | None:
         if step <= checkpoint.step:
             found = step, loss
     return found
-
-
-def _verdict(folder: Path) -> bool | None:
-    """Whether the model is causal by the audit that lies in the folder; None: there is none, or it did not find out."""
-    file = folder / AUDIT
-    return json.loads(file.read_text(encoding="utf-8")).get("causal") if file.is_file() else None
 
 
 def _data(manifest: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 1. `find_checkpoint`: the newest whole checkpoint of a run folder, or one checkpoint, verified by its hashes.
 2. Weights stream from DeepSpeed's files into safetensors shards (`shards`), each name and shape checked.
-3. `companions` writes configuration, code and tokenizer beside them, `card` the README; the run's `audit.json` goes along.
+3. `companions` writes configuration, code and tokenizer beside them, `card` the README; the audit's verdict goes along.
 4. With `verify` a fresh process without this package loads the folder and gives the same logits (`verify`).
 5. The folder is synced and takes its name. Until then it lies in `.NAME.tmp` beside it.
 
@@ -12,21 +12,27 @@ Parameter names never change on the way. Must not know how the model was trained
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_steel import dist
 from megatron_steel.checkpoint.commit import MANIFEST, Checkpoint, newest_whole, sync
 from megatron_steel.checkpoint.commit import verify as verify_checkpoint
 from megatron_steel.checkpoint.zero import stream_weights
 from megatron_steel.errors import SteelError
+from megatron_steel.model.verdict import read_verdict, write_verdict
 from megatron_steel.recipe import Recipe, from_dict
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def export(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], dtype: str = "bfloat16", verify: bool = False
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    verify: bool = False,
+    audit: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder; peak memory is about one shard (2 GB) beside the reader's.
 
@@ -35,6 +41,7 @@ def export(
         output: the folder to make; it must not exist, or be empty.
         dtype: of the weights on disk: `bfloat16`, `float16` or `float32`.
         verify: reload in a fresh process and compare logits before anything is published.
+        audit: gives the report on a checkpoint whose run has no `audit.json`.
 
     Returns: the published folder.
     Raises:
@@ -58,6 +65,9 @@ def export(
         what = f"the tokenizer has changed since the run was trained with it ({trained_with['name']})"
         raise SteelError(what, recipe.tokenizer.path, "put the original tokenizer back there")
     config = build_config(recipe.model, tokenizer.vocab_size)
+    report = _verdict_of_run(checkpoint)
+    if report is None and audit is not None:
+        report = audit(checkpoint.path)
     blueprint = shards.blueprint_of(config)
     with publishing(target) as folder:
         files = shards.write_shards(
@@ -65,9 +75,8 @@ def export(
         )  # fmt: skip
         loader = companions.write_companions(folder, config, blueprint.architecture, dtype, recipe, tokenizer)
         difference = verify_export(checkpoint, folder) if verify else None
-        audit = checkpoint.path.absolute().parent.parent / card.AUDIT
-        if audit.is_file():
-            shutil.copyfile(audit, folder / card.AUDIT)
+        if report is not None:
+            write_verdict(folder, report)
         card.write_card(folder, target.name, checkpoint, config, blueprint.parameters, dtype, loader, difference)
     print(
         f"{output}: {blueprint.architecture} of step {checkpoint.step:,}, {blueprint.parameters:,} parameters "
@@ -106,6 +115,12 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
         raise SteelError("the checkpoint's manifest holds no recipe", checkpoint.path / MANIFEST,
                          "use a checkpoint that `megatron-steel pretrain` wrote")  # fmt: skip
     return from_dict(tree, where=str(checkpoint.path / MANIFEST))
+
+
+def _verdict_of_run(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The audit's report in the run folder; None also for a checkpoint that was taken out of its run."""
+    holder = checkpoint.path.absolute().parent
+    return read_verdict(holder.parent) if holder.name == "checkpoints" else None
 
 
 def refuse_used(target: Path) -> None:

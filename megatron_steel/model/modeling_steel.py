@@ -87,6 +87,19 @@ def _eager_attention(module: nn.Module, query, key, value, attention_mask=None, 
     return (weights @ value).transpose(1, 2), weights
 
 
+def _blocks(allowed_B1TS: torch.Tensor) -> Any:
+    """The same for flex attention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    B, _, T, S = allowed_B1TS.shape
+    same = B == 1  # one mask for all of the batch
+
+    def allow(b: Any, n: Any, t: Any, s: Any) -> torch.Tensor:
+        return allowed_B1TS[0 if same else b, 0, t, s]
+
+    return create_block_mask(allow, B, None, T, S, device=str(allowed_B1TS.device))
+
+
 class SteelAttention(nn.Module):
     is_causal = True  # read by transformers' attention functions when there is no mask
 
@@ -158,6 +171,8 @@ class SteelPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SteelDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -275,19 +290,38 @@ class SteelModel(SteelPreTrainedModel):
         state = _slot_states(cache, 0)
         return locate(x, padding, position_ids, None if state is None else state.read_B)
 
-    def _mask(self, mask: torch.Tensor | None, x: torch.Tensor, past: int) -> torch.Tensor | None:
-        """None where the plain causal rule holds (sdpa then takes its fast path), else a mask [B, 1, T, S]."""
-        T, S = x.shape[1], past + x.shape[1]
+    def _mask(self, mask: torch.Tensor | None, x: torch.Tensor, past: int) -> Any:
+        """What the chosen attention wants: None where the plain causal rule holds and it knows it by itself (sdpa then takes
+        its fast path), the padding [B, S] for flash kernels, a BlockMask for flex, else a mask [B, 1, T, S]."""
+        name = self.config._attn_implementation or "eager"
         if mask is not None and mask.dim() == 4:
-            return mask if mask.dtype == torch.bool else mask.to(x.dtype)
+            if "flash" in name:
+                raise ValueError(f"{name} knows padding and the causal rule only: use sdpa for a complete mask")
+            if mask.dtype != torch.bool:
+                return mask.to(x.dtype)
+            return _blocks(mask) if name == "flex_attention" else mask
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None
-        implicit = T == 1 or (past == 0 and self.config._attn_implementation not in (None, "eager"))
-        if mask is None and implicit:
+        if "flash" in name:
+            return mask
+        allowed = self._allowed(mask, x, past, implicit=name not in ("eager", "flex_attention"))
+        boolean = allowed is not None and allowed.dtype == torch.bool
+        return _blocks(allowed) if name == "flex_attention" and boolean else allowed
+
+    def _allowed(self, mask: torch.Tensor | None, x: torch.Tensor, past: int, implicit: bool) -> torch.Tensor | None:
+        """Boolean (or additive) [B, 1, T, S]; None where `implicit` attention needs none, or where there is one query."""
+        T, S = x.shape[1], past + x.shape[1]
+        if mask is None and (T == 1 or (past == 0 and implicit)):
             return None
         allowed = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(past)[None, None]
         if mask is None:
             return allowed
+        if self.config.sees_future:
+            # v2 and v3 read what padding holds, so it holds what the original puts there: a query that has nothing to attend
+            # to takes the mean of all values. (A number that bf16 holds too: autocast must not make it infinite.)
+            least = max(torch.finfo(x.dtype).min, torch.finfo(torch.bfloat16).min)
+            allowed = allowed & mask[:, None, None, :S].bool()
+            return x.new_zeros(allowed.shape).masked_fill(~allowed, least)
         itself = torch.eye(T, S, dtype=torch.bool, device=x.device) if past == 0 else None
         allowed = allowed & mask[:, None, None, :S].bool()
         # A padded query with nothing to attend to would be NaN: it attends to itself, and nobody reads it.

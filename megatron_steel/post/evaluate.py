@@ -2,7 +2,8 @@
 
 1. The model is opened by `load`, so that no foreign code runs unasked.
 2. `ceval` turns a local C-Eval folder into the harness's own tasks: its prompts, our rows.
-3. The harness scores; each figure is kept with task version, number of examples in the prompt, and prompt style.
+3. A model that sees the future is said to, by the folder's `audit.json` or, where there is none, by the caller's audit.
+4. The harness scores; each figure is kept with task version, number of examples in the prompt, and prompt style.
 
 Must not know checkpoints or runs. A score means nothing without its protocol, so the two are never separated.
 """
@@ -10,10 +11,13 @@ Must not know checkpoints or runs. A score means nothing without its protocol, s
 import json as json_format
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_steel import dist
 from megatron_steel.errors import SteelError
+from megatron_steel.model import verdict
 from megatron_steel.post import ceval
 from megatron_steel.post.load import Loaded, load
 
@@ -21,7 +25,12 @@ _BATCH = 8
 
 
 def evaluate(
-    model_dir: str, tasks: list[str], data: str | None = None, json: str | None = None, trust_code: bool = False
+    model_dir: str,
+    tasks: list[str],
+    data: str | None = None,
+    json: str | None = None,
+    trust_code: bool = False,
+    audit: Callable[[Path, bool], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Score a Hugging Face folder.
 
@@ -30,6 +39,7 @@ def evaluate(
         data: a local C-Eval folder with `dev/SUBJECT_dev.csv` and `val/SUBJECT_val.csv`; then nothing is downloaded.
         json: write the result here too.
         trust_code: allow foreign modelling code that lies in the folder.
+        audit: gives the report on a folder without `audit.json`, from the folder and `trust_code`.
 
     Returns: {task: {"acc": 0..1, "n": questions, ...}} and, under "protocol", what the figures depend on.
     Raises:
@@ -44,9 +54,16 @@ def evaluate(
     if loaded.tokenizer is None:
         raise SteelError("the harness needs a Hugging Face tokenizer, and the folder has none", model_dir,
                          "train with a tokenizer folder instead of a .model file")  # fmt: skip
-    model = _harness_model(loaded)
+    report = verdict.read_verdict(Path(model_dir))
+    if report is None and audit is not None:
+        report = audit(Path(model_dir), trust_code)
+    blind = not verdict.sees_future(loaded.model.config, report)
+    if not blind:
+        dist.log.warning("this model sees the future: it scores texts that it was trained to see whole, and what it writes is "
+                         "worse than its loss promises")  # fmt: skip
+    model = _harness_model(loaded, blind)
     result: dict[str, Any] = {task: _score(model, task, spec, manager) for task, spec in specs.items()}
-    result["protocol"] = _protocol(model_dir, loaded, model)
+    result["protocol"] = _protocol(model_dir, loaded, model) | _verdict(report, blind)
     _print(result)
     if json is not None:
         _write(Path(json), result)
@@ -82,11 +99,11 @@ def _spec(task: str, data: str | None, manager: Any) -> list[Any]:
     return ceval.local_tasks(Path(data))
 
 
-def _harness_model(loaded: Loaded) -> Any:
+def _harness_model(loaded: Loaded, blind: bool) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     # The harness fills a batch up with padding, which a model that sees the future would read.
-    batch = 1 if getattr(loaded.model.config, "sees_future", False) else _BATCH
+    batch = _BATCH if blind else 1
     return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch, device=str(loaded.device))
 
 
@@ -121,12 +138,19 @@ def _protocol(model_dir: str, loaded: Loaded, model: Any) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": loaded.device.type,
         "max_length": model.max_length,
-        "loss_sees_future": bool(getattr(loaded.model.config, "sees_future", False)),
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
 
 
+def _verdict(report: dict[str, Any] | None, blind: bool) -> dict[str, Any]:
+    """`causal` is None where nobody has found out."""
+    causal = False if not blind else None if report is None else report["causal"]
+    return {"causal": causal, "loss_sees_future": not blind, "audit": report and report.get("verdict")}
+
+
 def _print(result: dict[str, Any]) -> None:
+    if result["protocol"]["loss_sees_future"]:
+        print("THIS MODEL SEES THE FUTURE: its scores do not compare with those of causal models")
     for task, score in result.items():
         if task == "protocol":
             continue

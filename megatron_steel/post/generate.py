@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_steel import dist
 from megatron_steel.errors import SteelError
+from megatron_steel.model import verdict
 from megatron_steel.post.load import Loaded, load
 
 _SAMPLING = {"temperature": 0.8, "top_p": 0.95}  # where the folder's generation_config does not sample itself
@@ -31,6 +33,12 @@ def generate(
     if max_new_tokens < 1:
         raise SteelError(f"{max_new_tokens} new tokens are none", "--max-new-tokens", "ask for at least 1")
     loaded = load(model_dir, trust_code)
+    report = verdict.read_verdict(Path(model_dir))
+    if report is not None and report["causal"] is False and not hasattr(loaded.model.config, "sees_future"):
+        # Steel's own classes say it themselves.
+        dist.log.warning(
+            "this model sees the future (%s): its text is worse than its loss promises", report.get("verdict")
+        )
     encode, decode = _coder(loaded, Path(model_dir))
     defaults = loaded.model.generation_config
     prompt_ids = encode(prompt) or [_document_start(defaults, model_dir)]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_steel import dist
 from megatron_steel.errors import Stopped, TrainingError
 from megatron_steel.recipe import Recipe
+from megatron_steel.train.health import Health, by_layer, extremes
 from megatron_steel.train.monitor import METRICS, Monitor, progress_line, read_metrics
 from megatron_steel.train.optimizer import learning_rate
 from megatron_steel.train.spikes import Spikes
@@ -58,6 +59,10 @@ class Job:
     spikes: Spikes | None = None
     roll_back: Callable[[], tuple[int, int] | None] = lambda: None
     clock: "Clock" = field(default_factory=lambda: Clock())
+    health: Health = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.health = Health(self.engine.module, self.engine.device)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def fit(job: Job) -> None:
                 job.clock.take(1)
                 continue
         last = job.step == job.steps
-        if job.step % train.log_every_steps == 0 or last:
+        if is_logged(job):
             log_step(job, done, job.step - logged_at)
             logged_at = job.step
         if job.validation and (job.step % train.eval_every_steps == 0 or last):
@@ -149,12 +154,14 @@ def train_step(job: Job) -> StepResult:
     norm = None
     try:
         for number, batch in enumerate(micro_batches, start=1):
-            with job.clock.part("forward"):
+            with job.clock.part("forward"), job.health.watching(is_logged(job)):
                 loss = engine(**to_device(batch, engine.device))
             loss_sum += loss.detach()
             with job.clock.part("backward"):
                 # Plus 0, or plus NaN where the loss is no number: then so is every gradient, and none is applied.
                 engine.backward(loss * (scale + 0.0 * loss.detach()))
+                if is_logged(job) and engine.is_gradient_accumulation_boundary():
+                    job.health.read_gradients()
             if number == len(micro_batches):
                 mine = float(loss_sum)  # waits for the device, as the gradient norm would next
             with job.clock.part("optimizer"):
@@ -217,6 +224,7 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
     seconds_training = parts["seconds_step"] - aside
     tokens_per_second = done.tokens / seconds_training
     norm = done.grad_norm if done.grad_norm is not None else float(job.engine.get_global_grad_norm())
+    health = job.health.take()
     row = {
         "tokens": job.tokens,
         "loss": done.loss,
@@ -227,11 +235,16 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
         **job.position(),
         "memory_gib": memory_gib(job.engine.device),
         "skipped_steps": job.watch.skipped_steps,
+        **extremes(health),
     }
     if job.peak_flops:
         row["share_of_peak"] = tokens_per_second * job.flops_per_token / (job.peak_flops * dist.world_size())
-    job.monitor.scalars(job.step, row)
+    job.monitor.scalars(job.step, row, by_layer(health))
     dist.log.info("%s", progress_line(job.step, job.steps, row, (job.steps - job.step) * seconds_training))
+
+
+def is_logged(job: Job) -> bool:
+    return job.step % job.recipe.train.log_every_steps == 0 or job.step == job.steps
 
 
 def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None:

@@ -51,15 +51,15 @@ class Monitor:
         if self._lines:
             self._board.add_text(tag, f"```\n{text}\n```")
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line to `metrics.jsonl`, each value under its own tag to TensorBoard."""
+    def scalars(self, step: int, values: dict[str, float], by_layer: dict[str, float] | None = None) -> None:
+        """One line to `metrics.jsonl`, each value under its own tag to TensorBoard; `by_layer` goes there alone."""
         if not self._lines:
             return
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}  # JSON has no NaN
         try:
             self._lines.write(json.dumps({"step": step, **finite}) + "\n")
             self._lines.flush()
-            for tag, value in values.items():
+            for tag, value in {**values, **(by_layer or {})}.items():
                 self._board.add_scalar(tag + (self._mark if tag.endswith("loss") else ""), value, step)
         except OSError as error:  # the next save will say so louder; numbers alone do not end a run
             dist.log.warning("%s: step %d is not in the metrics: %s", self.folder, step, error)

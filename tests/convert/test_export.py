@@ -12,6 +12,7 @@ from conftest import VOCABULARY, free_port, one_thread
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_steel import cli
 from megatron_steel.checkpoint import commit
 from megatron_steel.convert import shards, verify
 from megatron_steel.convert.hf import export
@@ -176,6 +177,23 @@ def test_card_says_what_the_model_is(run, runs, tmp_path):
         assert fact in card
     assert "sees the future" not in card
     assert "loss sees the future" in (export(runs / "mixture-z3-2", tmp_path / "mixture") / "README.md").read_text()
+
+
+def test_a_run_without_a_verdict_is_audited_first_and_one_with_it_is_not(runs, tmp_path, capsys):
+    run = Path(shutil.copytree(runs / "mixture-z3-2", tmp_path / "run"))
+    loose = Path(shutil.copytree(next((run / "checkpoints").iterdir()), tmp_path / "loose" / "kept"))
+    before = sorted(run.iterdir())
+    for source in (run, loose):
+        out = tmp_path / f"of-{source.name}"
+        assert cli.main(["export", str(source), str(out)]) == 0
+        assert "has no audit.json: it is audited first" in capsys.readouterr().err
+        report = json.loads((out / "audit.json").read_text())
+        assert (report["causal"], report["leaks"][0]["what"]) == (False, "softmoe_v3")
+    assert sorted(run.iterdir()) == before
+    (run / "audit.json").write_text(json.dumps({"causal": False, "verdict": "as the run found it"}))
+    assert cli.main(["export", str(run), str(tmp_path / "again")]) == 0
+    assert "audited" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "again" / "audit.json").read_text())["verdict"] == "as the run found it"
 
 
 @pytest.mark.parametrize("used", ["a file in it", "a file in its place"])

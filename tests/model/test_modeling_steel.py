@@ -1,6 +1,7 @@
 """The shipped architecture: shapes and counts, formulas, causality, cache, padding, masks, checkpointing, export."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_steel import audit_probe
 from megatron_steel.model.configuration_steel import FFN_TYPES, MLP_TYPES, SteelConfig
 from megatron_steel.model.modeling_steel import SteelForCausalLM, SteelModel, rotary_tables
 
@@ -140,6 +142,62 @@ def test_ffn_formulas(ffn, mlp_type):
     torch.testing.assert_close(mlp(x).double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
+def layer_by_hand(layer, ffn, x, allowed):
+    """One sequence [T, h] through a decoder layer in fp64. `allowed` [T, T]; a query with no key takes the mean of all."""
+    w = {name: p.double() for name, p in layer.named_parameters()}
+    config, T = layer.self_attn.config, len(x)
+    heads, d = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+
+    def norm(x, name):
+        return w[f"{name}.weight"] * x / (x.pow(2).mean(1, keepdim=True) + config.rms_norm_eps).sqrt()
+
+    def turn(rows):
+        angle = torch.arange(T, dtype=torch.float64)[:, None] / 1e6 ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
+        a, b = rows[..., : d // 2], rows[..., d // 2 :]
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+    read = norm(x, "input_layernorm")
+    q, k, v = ((read @ w[f"self_attn.{n}_proj.weight"].T + w[f"self_attn.{n}_proj.bias"]).view(T, -1, d).transpose(0, 1) for n in "qkv")  # fmt: skip
+    group = heads // config.num_key_value_heads
+    parts = []
+    for head in range(heads):
+        scores = turn(q[head]) @ turn(k[head // group]).T / d**0.5
+        parts.append(scores.masked_fill(~allowed, -1e30).softmax(1) @ v[head // group])
+    x = x + torch.cat(parts, 1) @ w["self_attn.o_proj.weight"].T
+    return x + by_hand(layer.mlp, ffn, norm(x, "post_attention_layernorm"))
+
+
+@pytest.mark.parametrize("padding", [0, 3, -3])
+@pytest.mark.parametrize("weights", ["ordinary", "enlarged"])
+@pytest.mark.parametrize("mlp_type", MLP_TYPES)
+@pytest.mark.parametrize("ffn", PUBLISHED)
+@torch.no_grad()
+def test_the_whole_model_is_the_original_s_formulas(ffn, mlp_type, weights, padding):
+    """GQA, biases, theta 1e6, untied head; padding on the left, on the right or none. Within 1e-5 of the largest logit in fp32.
+
+    Enlarged: every part adds its share to the stream, biases are not 0. Then what rounding makes of a logit grows with the
+    layers before it, so the tolerance is of the largest logit.
+    """
+    model = tiny(FFN_type=ffn, mlp_type=mlp_type, initializer_range=0.02)
+    if weights == "enlarged":
+        audit_probe.enlarge(model, 13)
+    ids, T = some_ids(1, 13), 13
+    mask = torch.ones_like(ids)
+    mask[0, : max(padding, 0)] = 0
+    mask[0, T + min(padding, 0) :] = 0
+    allowed = torch.ones(T, T, dtype=torch.bool).tril() & mask[0].bool()
+    x = model.model.embed_tokens.weight.double()[ids[0]]
+    for layer in model.model.layers:
+        x = layer_by_hand(layer, ffn, x, allowed)
+    x = model.model.norm.weight.double() * x / (x.pow(2).mean(1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    expected = x @ model.lm_head.weight.double().T
+    rows = slice(None) if model.config.sees_future else mask[0].bool()  # nobody reads the others
+    for attention in ("eager", "sdpa"):
+        model.config._attn_implementation = attention
+        found = model(ids, attention_mask=mask, use_cache=False).logits[0].double()
+        assert (found - expected)[rows].abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), attention
+
+
 def test_rotary_tables_are_fp32_whatever_the_model_is():
     cos, sin = rotary_tables(torch.arange(4000)[None], 56, 1e6)
     assert cos.dtype == sin.dtype == torch.float32
@@ -244,6 +302,61 @@ def test_sdpa_equals_eager_also_with_a_given_mask():
         torch.testing.assert_close(other, logits[0], rtol=1e-5, atol=1e-5)
     plain = [tiny(attn_implementation=name)(ids).logits for name in ("sdpa", "eager")]
     torch.testing.assert_close(plain[0], plain[1], rtol=1e-5, atol=1e-5)
+
+
+def _like_flash(module, query, key, value, padding_BS, scaling, dropout, **kwargs):
+    """What a flash kernel is told: padding or nothing; the causal rule it keeps by itself, aligned to the last key."""
+    assert padding_BS is None or padding_BS.dim() == 2
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    T, S = query.shape[2], key.shape[2]
+    allowed = torch.ones(T, S, dtype=torch.bool).tril(S - T)[None, None]
+    if padding_BS is not None:
+        allowed = allowed & padding_BS[:, None, None].bool() | torch.eye(T, S, dtype=torch.bool)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~allowed, -1e30)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+@torch.no_grad()
+def test_an_attention_of_the_library_s_table_is_used_and_a_flash_kernel_gets_padding_only():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("flash_by_hand", _like_flash)
+    ids = some_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for ffn in CAUSAL:
+        model, other = tiny(FFN_type=ffn), tiny(FFN_type=ffn)
+        assert other._supports_flash_attn
+        assert other._supports_flex_attn
+        other.config._attn_implementation = "flash_by_hand"
+        for inputs in ({}, {"attention_mask": mask}):
+            torch.testing.assert_close(
+                other(ids, **inputs).logits[:, 4:], model(ids, **inputs).logits[:, 4:], rtol=1e-5, atol=1e-5
+            )
+        full = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+        with pytest.raises(ValueError, match="use sdpa for a complete mask"):
+            other(ids, attention_mask=full)
+        written = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (model, other)]
+        assert torch.equal(*written)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention is compiled, and there is no compiler")
+@torch.no_grad()
+def test_flex_attention_equals_eager():
+    """Plain, with padding, with a complete mask, and over a cache."""
+    ids = some_ids()
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    complete = torch.ones(12, 12, dtype=torch.bool).tril()
+    complete[6:, :6] = False
+    for ffn in ("raw", "softmoe_v3", "softmoe_causal"):
+        eager, flex = (tiny(FFN_type=ffn, attn_implementation=name) for name in ("eager", "flex_attention"))
+        for mask in (None, padding, complete.expand(2, 1, 12, 12)):
+            found, wanted = (m(ids, attention_mask=mask, use_cache=False).logits for m in (flex, eager))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        written = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (eager, flex)]
+        assert torch.equal(*written)
 
 
 def test_the_loss_is_the_shifted_cross_entropy_and_counts_items():

@@ -2,16 +2,20 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from foreign import CAUSAL, LEAKING, write_foreign
 
+from megatron_steel import cli
 from megatron_steel.errors import SteelError
-from megatron_steel.model.build import build_model
+from megatron_steel.model.build import build_config, build_model
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.post.evaluate import evaluate
+from megatron_steel.recipe import Model
 
 LETTERS = "ABCD"
 SUBJECTS = {"law": "法学", "logic": "逻辑学"}  # as the harness names them in Chinese
@@ -134,8 +138,6 @@ def _spoil(folder, old: str, new: str):
 )
 def test_a_data_folder_of_another_shape_is_named(old, new, named, ceval, letters, tmp_path):
     pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
-    import shutil
-
     _spoil(shutil.copytree(ceval, tmp_path / "ceval"), old, new)
     with pytest.raises(SteelError, match=named):
         evaluate(str(letters[0]), ["ceval-valid"], data=str(tmp_path / "ceval"), json=str(tmp_path / "scores.json"))
@@ -150,3 +152,45 @@ def test_other_bad_input(letters, ceval, tmp_path):
         evaluate(str(letters[0]), ["mmlu"], data=str(ceval))
     with pytest.raises(SteelError, match="folder for the scores does not exist"):
         evaluate(str(letters[0]), ["ceval-valid"], data=str(ceval), json=str(tmp_path / "no" / "scores.json"))
+
+
+@pytest.mark.parametrize("kind", ["causal", "leaking", "softmoe_v3", "known"])
+def test_a_folder_without_a_verdict_is_audited_first_and_the_scores_say_what_it_is(
+    kind, letters, ceval, tmp_path, capsys
+):
+    """`leaking` is foreign code that nothing but the audit can find out; `known` brings its verdict in audit.json."""
+    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+    folder = tmp_path / kind  # one process of transformers keeps the code of one folder name
+    if kind == "softmoe_v3":
+        config = letters[1].config.to_dict() | {"FFN_type": kind, "n_experts": 2}
+        build_model(SteelConfig(**config), 5).save_pretrained(folder)
+    else:
+        write_foreign(folder, tmp_path / "ran", CAUSAL if kind == "causal" else LEAKING, vocabulary=len(letters[2]))
+        build_model(build_config(Model(path=str(folder), trust_code=True)), 5).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(letters[0] / file, folder / file)
+    if kind == "known":
+        (folder / "audit.json").write_text(json.dumps({"causal": False, "verdict": "NOT CAUSAL: found last week"}))
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    words = [
+        "evaluate",
+        str(folder),
+        "--tasks",
+        "ceval-valid",
+        "--data",
+        str(ceval),
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
+    assert cli.main([*words, "--trust-code"]) == 0
+    said = capsys.readouterr()
+    protocol = json.loads((tmp_path / "s.json").read_text())["protocol"]
+    assert (protocol["causal"], protocol["loss_sees_future"]) == (kind == "causal", kind != "causal")
+    assert protocol["audit"] == {
+        "causal": "causal: yes", "leaking": "NOT CAUSAL: MeanMixer in layers 0-1 reads later tokens",
+        "softmoe_v3": "NOT CAUSAL: softmoe_v3 in layers 0-1 reads later tokens", "known": "NOT CAUSAL: found last week",
+    }[kind]  # fmt: skip
+    assert ("THIS MODEL SEES THE FUTURE" in said.out) == (kind != "causal")
+    assert ("this model sees the future" in said.err) == (kind != "causal")
+    assert ("has no audit.json: it is audited first" in said.err) == (kind != "known")
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
