@@ -20,7 +20,7 @@ from megatron_steel.train import state
 
 LAYOUTS = [(stage, precision) for stage in ("0", "1", "2", "3", "3_offload") for precision in ("fp32", "bf16")]
 SCRIPT = str(Path(__file__).with_name("resave.py"))
-# Largest difference of a loss from the uninterrupted run's, measured over all cases below: fp32 2.4e-7.
+# In fp32 the largest difference of a loss from the uninterrupted run's was 3.6e-7 (1 to 2 to 1 ranks), and 0 on one rank.
 NOISE = 1e-6
 
 
@@ -94,6 +94,15 @@ def _curve(rows: dict) -> tuple[list, list]:
     return losses, [(s, rows[s]["samples"], rows[s]["tokens"], rows[s]["lr"]) for s in steps]
 
 
+def _difference(straight: dict, changed: dict) -> float:
+    """The largest difference of a loss; all that must be equal is."""
+    losses, exact = _curve(straight)
+    other, same = _curve(changed)
+    assert same == exact
+    assert losses[0] - losses[-1] > 0.1  # it learns, so equality means something
+    return max(abs(a - b) for a, b in zip(losses, other, strict=True))
+
+
 def test_one_rank_two_ranks_one_rank(tiny_recipe, sharding, tree_of, launch, metrics, tmp_path, capsys):
     """1 rank with ZeRO-1, from step 2 on 2 ranks with ZeRO-3, from step 4 on 1 rank with ZeRO-1 again."""
     import resave
@@ -112,12 +121,10 @@ def test_one_rank_two_ranks_one_rank(tiny_recipe, sharding, tree_of, launch, met
     capsys.readouterr()
     on_one("one", "1")
     assert "written by 2 ranks with ZeRO 3 in float32; going on with 1 rank with ZeRO 1" in capsys.readouterr().err
-    losses, exact = _curve(metrics(tmp_path / "straight"))
     for folder in ("two", "one"):
-        other, same = _curve(metrics(tmp_path / folder))
-        assert same == exact
-        assert other == pytest.approx(losses, abs=NOISE)
-    assert losses[0] - losses[-1] > 0.1  # it learns, so equality means something
+        difference = _difference(metrics(tmp_path / "straight"), metrics(tmp_path / folder))
+        print(f"{folder}: {difference:.1e}")
+        assert difference <= NOISE
 
     # From two shards of ZeRO-3 to one rank of every stage: the state is the same right after loading.
     source = tmp_path / "two" / "checkpoints" / commit.name_of(4)
@@ -138,10 +145,9 @@ def test_another_stage_on_one_rank(tiny_recipe, sharding, metrics, tmp_path):
     run("straight", "zero0.json")
     _copy_until(tmp_path / "straight", tmp_path / "changed", 3)
     run("changed", sharding("3_offload"))
-    losses, exact = _curve(metrics(tmp_path / "straight"))
-    other, same = _curve(metrics(tmp_path / "changed"))
-    assert same == exact
-    assert other == pytest.approx(losses, abs=NOISE)
+    difference = _difference(metrics(tmp_path / "straight"), metrics(tmp_path / "changed"))
+    print(f"stage 0 to 3: {difference:.1e}")
+    assert difference <= NOISE
 
 
 def test_a_checkpoint_that_does_not_say_how_it_is_cut(tiny_recipe, metrics, tmp_path, capsys):
@@ -220,9 +226,6 @@ def test_losses_go_on_as_if_nothing_had_changed(
         f"deepspeed.config={sharding(second)}",
         "train.micro_batch_size=8",
     )
-    losses, exact = _curve(metrics(tmp_path / "straight"))
-    other, same = _curve(metrics(tmp_path / "changed"))
-    assert same == exact
-    difference = max(abs(a - b) for a, b in zip(losses, other, strict=True))
+    difference = _difference(metrics(tmp_path / "straight"), metrics(tmp_path / "changed"))
     print(f"{precision}: 2 ranks with ZeRO {first} to 1 with ZeRO {second}: {difference:.1e}")
     assert difference <= noise
