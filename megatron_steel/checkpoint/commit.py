@@ -89,7 +89,8 @@ def write(
                 shutil.rmtree(aside, ignore_errors=True)  # what is left of it may be what fills the disk
             if pause is None or not isinstance(error, Stumbled):
                 raise
-            dist.log.warning("%s\n  trying again in %.0f s", error, pause)
+            if dist.is_main():
+                dist.log.warning("%s\n  trying again in %.0f s", error, pause)
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 

@@ -141,8 +141,9 @@ class Saves:
             self._failed += 1
             if must or self._failed >= _FAILED_SAVES:
                 raise
-            dist.log.error("NOT SAVED at step %d: %s\n  training goes on to the next save; failure %d of %d ends the run",
-                           step, error, self._failed, _FAILED_SAVES)  # fmt: skip
+            if dist.is_main():
+                going_on = "training goes on to the next save; the third failure in a row ends the run"
+                dist.log.error("NOT SAVED at step %d (failure %d): %s\n  %s", step, self._failed, error, going_on)
             return False
         self._failed = 0
         dist.log.info("saved %s", path)

@@ -8,6 +8,7 @@ given number, as SIGKILL or as a power cut would.
 
 import contextlib
 import copy
+import ctypes
 import hashlib
 import io
 import json
@@ -42,8 +43,10 @@ class Stub:
         return self
 
     def __exit__(self, *exception):
+        self._server.kill()
+        self._server.wait()
         self._server.stdin.close()
-        self._server.wait(60)
+        self._server.stdout.close()
 
     def below(self, name):
         """The same server, with a folder of its own."""
@@ -423,6 +426,7 @@ def _start(job) -> int:
     pid = os.fork()
     if pid:
         return pid
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server
     os.environ.update(job.get("environment", {}))
     log = os.open(f"{job['folder']}/log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)

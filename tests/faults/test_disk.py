@@ -84,6 +84,17 @@ def test_what_another_try_cannot_mend_is_not_tried_again(stub, number):
     assert steps(folder) == [2, 4]
 
 
+@pytest.mark.parametrize(("number", "tries"), [(errno.ENOSPC, 0), (errno.EIO, 1)])
+def test_one_rank_that_cannot_write_keeps_no_other_waiting(stub, number, tries):
+    """Rank 1 fails before the barrier that ends the engine's save; both give this save up, or try again, together."""
+    folder, how = stub.root / f"rank-{number}", {"at": 2, "fails": number}
+    pids = stub.start_ranks(folder, 2, steps=8, save_every=2, kill={"step": 6, "rank": 1, "how": how})
+    assert [stub.wait(pid) for pid in pids] == [0, 0]
+    assert said(folder).count("trying again") == tries
+    assert said(folder).count("NOT SAVED at step 6") == 1 - tries
+    assert steps(folder) == ([6, 8] if tries else [4, 8])
+
+
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(stub, operations):
     folder = stub.root / "undeletable"
     at = len(operations) + 1
