@@ -305,8 +305,9 @@ class SteelModel(SteelPreTrainedModel):
         if "flash" in name:
             return mask
         allowed = self._allowed(mask, x, past, implicit=name not in ("eager", "flex_attention"))
-        boolean = allowed is not None and allowed.dtype == torch.bool
-        return _blocks(allowed) if name == "flex_attention" and boolean else allowed
+        if name == "flex_attention" and allowed is not None and allowed.dtype == torch.bool:
+            return _blocks(allowed)
+        return allowed
 
     def _allowed(self, mask: torch.Tensor | None, x: torch.Tensor, past: int, implicit: bool) -> torch.Tensor | None:
         """Boolean (or additive) [B, 1, T, S]; None where `implicit` attention needs none, or where there is one query."""
