@@ -7,17 +7,15 @@ Exit codes are those of `errors.py`; all ranks leave together. A guard thread en
 """
 
 import contextlib
-import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from megatron_steel import dist, preflight
+from megatron_steel import device as device_facts
+from megatron_steel import dist, preflight, run_folder
 from megatron_steel.errors import SteelError, Stopped
 from megatron_steel.recipe import Recipe, load_recipe
 
@@ -98,11 +96,11 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
 
     folder = Path(recipe.run.dir).expanduser()
     plan = preflight.plan_run(recipe)
-    sharding = dist.together(lambda: engines.read_config(_sharding(recipe, plan, device)))
+    sharding = dist.together(lambda: engines.read_config(device_facts.sharding(recipe, plan, device)))
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
     assert config is not None
     seen = published(folder / "checkpoints")
-    checkpoint = _find_checkpoint(recipe, plan, folder)
+    checkpoint = run_folder.find_checkpoint(recipe, plan, folder)
     steps = dist.together(lambda: preflight.total_steps(recipe, plan, checkpoint)) or 0
     order = preflight.plan_order(recipe, plan, steps, checkpoint)
     _announce(recipe, plan, steps, config, checkpoint)
@@ -112,7 +110,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
         dist.log.info("dry run: everything checks" if dry_run else "the run is complete: nothing to do")
         return
 
-    held = dist.together(lambda: _open_folder(folder, recipe, config, seen), only=dist.is_main())
+    held = dist.together(lambda: run_folder.open_folder(folder, recipe, config, seen), only=dist.is_main())
     if dist.is_main():
         room = 2 if checkpoint else recipe.train.keep_last + 1
         warn_of_space(folder / "checkpoints", state.first_checkpoint_bytes(plan.parameters), room)
@@ -120,9 +118,9 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
     watch.skipped_steps = progress.skipped_steps
     spikes = _spikes(recipe, progress, order)
-    facts = _facts(recipe, plan, config)
+    facts = run_folder.facts_of(recipe, plan, config)
     monitor = Monitor(folder, progress.step, sees_future=causal is False)
-    monitor.text("recipe", _as_yaml(recipe))
+    monitor.text("recipe", run_folder.as_yaml(recipe))
     dataset = preflight.open_dataset(plan.train, order)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
     with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask) as loader:
@@ -144,14 +142,14 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             validation=preflight.validation_batches_of(recipe, plan),
             save=state.Saves(save),
             position=lambda: preflight.position(loader.state, plan.train),
-            out_of_memory=_out_of_memory(recipe, plan, device),
+            out_of_memory=device_facts.out_of_memory(recipe, plan, device),
             spikes=spikes,
             roll_back=lambda: spikes and _roll_back(recipe, plan, engine, loader, monitor, watch, spikes),
             steps=steps,
             step=progress.step,
             tokens=progress.tokens,
             flops_per_token=plan.flops_per_token,
-            peak_flops=_peak_flops(device),
+            peak_flops=device_facts.peak_flops_of(device),
         )
         try:
             guard.begin(progress.step)
@@ -252,105 +250,6 @@ def _roll_back(
     return progress.step, progress.tokens
 
 
-def _facts(recipe: Recipe, plan: preflight.RunPlan, config: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's manifest says besides step, tokens and order."""
-    from megatron_steel.train.engine import zero_stage
-
-    return {
-        "recipe": recipe.to_dict(),
-        "world_size": dist.world_size(),
-        "zero_stage": zero_stage(config),
-        "parameters": plan.parameters,
-        **_identity(plan),
-        "data": [{"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name} for m in plan.train],
-    }
-
-
-def _identity(plan: preflight.RunPlan) -> dict[str, Any]:
-    """What must stay the same as long as a run lives, wherever its files lie: the model's fields and the tokenizer."""
-    loose = ("_name_or_path", "transformers_version", "auto_map", "dtype", "torch_dtype")
-    fields = {key: value for key, value in plan.config.to_dict().items() if key not in loose}
-    return {"model_config": json.loads(json.dumps(fields, default=str)), "tokenizer": plan.tokenizer}
-
-
-def _sharding(recipe: Recipe, plan: preflight.RunPlan, device: "torch.device") -> str:
-    """`deepspeed.config`, with `auto` resolved by the memory of this rank's device."""
-    from megatron_steel.model.memory import activation_bytes_per_sample
-    from megatron_steel.train.engine import smallest_stage_that_fits
-
-    if recipe.deepspeed.config != "auto":
-        return recipe.deepspeed.config
-    per_sample = activation_bytes_per_sample(
-        plan.config, recipe.data.sequence_length, recipe.train.precision, recipe.train.activation_checkpointing
-    )
-    activations = per_sample * recipe.train.micro_batch_size
-    chosen = smallest_stage_that_fits(plan.parameters, activations, _device_bytes(device), dist.world_size())
-    dist.log.info("deepspeed.config: auto takes %s", chosen)
-    return chosen
-
-
-def _device_bytes(device: "torch.device") -> int:
-    """Memory this rank may use: its GPU's, or its share of the machine's."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // dist.ranks_on_node()
-
-
-def _find_checkpoint(recipe: Recipe, plan: preflight.RunPlan, folder: Path) -> "Checkpoint | None":
-    from megatron_steel.train import state
-
-    checkpoint = state.find(folder / "checkpoints")
-    if checkpoint and recipe.train.resume == "never":
-        raise dist.shared(SteelError("the run folder holds a checkpoint and train.resume is never", folder,
-                                     "choose another run.dir, or train.resume=auto to go on"))  # fmt: skip
-    if checkpoint:
-        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, _identity(plan)))
-    return checkpoint
-
-
-def _out_of_memory(recipe: Recipe, plan: preflight.RunPlan, device: "torch.device") -> Callable[[], str]:
-    """A remedy that names the micro-batch that would fit; asked for only when memory has run out."""
-    from megatron_steel.model.memory import largest_micro_batch
-
-    if device.type != "cuda":
-        return lambda: "set a smaller train.micro_batch_size, or train.activation_checkpointing=true"
-    import torch
-
-    # A tenth stays with the CUDA context, fragments and the buffers of the backward pass.
-    free = int(0.9 * torch.cuda.get_device_properties(device).total_memory) - torch.cuda.memory_allocated(device)
-
-    def remedy() -> str:
-        tried, batch = recipe.train.micro_batch_size, recipe.train.global_batch_size // dist.world_size()
-        cuts = [m for m in range(1, tried) if batch % m == 0]  # smaller than what has just failed, and it divides
-        for checkpointing in sorted({recipe.train.activation_checkpointing, True}):
-            fits = largest_micro_batch(
-                plan.config, recipe.data.sequence_length, free, recipe.train.precision, checkpointing
-            )
-            small_enough = [m for m in cuts if m <= fits]
-            if small_enough:
-                also = (
-                    ""
-                    if checkpointing == recipe.train.activation_checkpointing
-                    else " with train.activation_checkpointing=true"
-                )
-                return f"train.micro_batch_size={small_enough[-1]} would fit{also} (an estimate)"
-        return "not even one sample fits: use a higher ZeRO stage, more ranks or a shorter data.sequence_length"
-
-    return remedy
-
-
-def _peak_flops(device: "torch.device") -> float | None:
-    if device.type != "cuda":
-        return None
-    import torch
-
-    from megatron_steel.model.flops import peak_flops
-
-    return peak_flops(torch.cuda.get_device_name(device))
-
-
 def _announce(
     recipe: Recipe, plan: preflight.RunPlan, steps: int, config: dict[str, Any], checkpoint: "Checkpoint | None"
 ) -> None:
@@ -365,36 +264,6 @@ def _announce(
     )  # fmt: skip
     if checkpoint:
         dist.log.info("going on from %s", checkpoint.path)
-
-
-def _open_folder(folder: Path, recipe: Recipe, config: dict[str, Any], seen: list[Path]) -> TextIO:
-    """Make the run folder, lock it, and write down what was resolved. Returns the lock.
-
-    `seen`: the checkpoints that lay there when this job chose the one to go on from.
-    """
-    from megatron_steel.checkpoint.commit import published
-    from megatron_steel.train import lock
-    from megatron_steel.train.state import versions
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = lock.take(folder)
-        if recipe.train.resume == "never" and (folder / "metrics.jsonl").exists():
-            raise SteelError("train.resume is never and the run folder has been used", folder, "choose another run.dir")
-        if published(folder / "checkpoints") != seen:
-            raise SteelError("another job has saved here since this one looked", folder, "start again")
-        (folder / "recipe.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
-        (folder / "ds_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        environment = {"versions": versions(), "world_size": dist.world_size(), "command": sys.argv}
-        (folder / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
-    except OSError as error:
-        what = f"the run folder cannot be written: {error.strerror}"
-        raise SteelError(what, folder, "choose another run.dir, or mend this one") from error
-    return held
-
-
-def _as_yaml(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 @contextlib.contextmanager
