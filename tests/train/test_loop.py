@@ -251,7 +251,6 @@ def test_ten_steps_in_a_row_without_numbers_end_the_run():
 
 
 def test_out_of_memory_names_what_would_fit(train, monkeypatch, capsys):
-    from megatron_steel import pretrain
 
     monkeypatch.setattr("megatron_steel.device.out_of_memory", lambda *_: lambda: "train.micro_batch_size=1 would fit")
     monkeypatch.setattr(torch.nn.functional, "silu", _no_memory)
