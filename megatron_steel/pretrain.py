@@ -155,6 +155,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             guard.begin(progress.step)
             loop.fit(job)
         finally:
+            watch.leave()  # the picture takes seconds, which are no hang
             monitor.close()
     dist.log.info("done: %s", folder)
     del held  # the folder's lock was ours until here
