@@ -237,9 +237,10 @@ def _roll_back(
             dist.log.warning("step %d: the loss has spiked and no checkpoint is older: the run goes on as it is", at)
         spikes.forget(at)
         return None
-    progress = state.restore(engine, back.checkpoint)
-    dist.together(lambda: discard_after(folder, progress.step), only=dist.is_main())
-    loader.reopen(preflight.open_dataset(plan.train, back.order), back.order)
+    with watch.saving():  # it reads and deletes as much as a save writes
+        progress = state.restore(engine, back.checkpoint)
+        dist.together(lambda: discard_after(folder, progress.step), only=dist.is_main())
+        loader.reopen(preflight.open_dataset(plan.train, back.order), back.order)
     monitor.go_back(progress.step)
     watch.skipped_steps = progress.skipped_steps
     spikes.back_to(progress.step, progress.spikes, back.done)
