@@ -49,7 +49,7 @@ def tree_of(tiny_recipe, sharding):
         tree = copy.deepcopy(base)
         tree["run"] = {"dir": "unused", "seed": seed}
         tree["deepspeed"]["config"] = sharding(stage)
-        tree["train"]["precision"] = precision
+        tree["train"] |= {"precision": precision, "global_batch_size": 12}  # for three ranks too
         return tree
 
     return tree
