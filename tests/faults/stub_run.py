@@ -142,6 +142,10 @@ class Engine:
         self.ballast = torch.arange(ballast, dtype=torch.float32)  # makes a save last as long as wanted
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-2, foreach=False)
         self.checkpoint_engine = self
+        self.param_names = {parameter: name for name, parameter in self.module.named_parameters()}
+
+    def zero_optimization_stage(self):
+        return 0
 
     def save_checkpoint(self, folder, tag, client_state, save_latest):
         from megatron_steel import dist

@@ -37,15 +37,17 @@ def kill(job: Job, victim: str) -> bool:
 
 
 @pytest.mark.slow
-def test_soak(tiny_recipe, launch, metrics, tmp_path):
+def test_soak(tiny_recipe, metrics, tmp_path):
     steps = int(60 * MINUTES * 0.85 / STEP_SECONDS)
-    settings = (f"train.steps={steps}", "train.save_every_steps=20", f"train.eval_every_steps={steps}",
-                "schedule.name=constant", "train.log_every_steps=5")  # fmt: skip
-    launch(2, tiny_recipe, f"run.dir={tmp_path}/straight", *settings)
+    settings = (f"train.steps={steps}", f"train.eval_every_steps={steps}", "schedule.name=constant",
+                "train.log_every_steps=5")  # fmt: skip
+    with Job(tiny_recipe, tmp_path / "straight", *settings) as job:
+        assert job.end(3600) == 0, job.output()[-6000:]
     dice, kills, inside = random.Random(43), [], 0
     begin = time.monotonic()
     next_kill = begin + dice.expovariate(1 / SECONDS_BETWEEN_KILLS)
-    with Job(tiny_recipe, tmp_path / "run", *settings, supervised=True, fault=FAULT) as job:
+    often = "train.save_every_steps=20"
+    with Job(tiny_recipe, tmp_path / "run", *settings, often, supervised=True, fault=FAULT) as job:
         while job.process.poll() is None:
             victim = dice.choice(VICTIMS)
             if time.monotonic() >= next_kill and kill(job, victim):
