@@ -36,7 +36,7 @@ def make(name: str, tree: dict, output: Path, device: torch.device) -> None:
         engine.step()
         if step % recipe.train.save_every_steps:
             continue
-        facts = {"recipe": recipe.to_dict(), "data": [{"name": "made-up", "tokens": 4321}]}
+        facts = {"recipe": recipe.to_dict(), "parameters": 1, "data": [{"name": "made-up", "tokens": 4321}]}
         progress = state.Progress(step, 64 * step, {})
         state.save(engine, output / name / "checkpoints", progress, facts, group_names, keep_last=2)
     engine.eval()

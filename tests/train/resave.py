@@ -57,7 +57,9 @@ def run(job: dict[str, Any], device: torch.device) -> None:
         progress = state.restore(engine, commit.verify(Path(job["from"])))
     else:
         train(engine, recipe)
-    state.save(engine, Path(job["to"]), progress, {"recipe": recipe.to_dict()}, group_names, keep_last=2)
+    state.save(
+        engine, Path(job["to"]), progress, {"recipe": recipe.to_dict(), "parameters": 1}, group_names, keep_last=2
+    )
 
 
 def main(jobs: str) -> None:

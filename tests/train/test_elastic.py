@@ -178,7 +178,7 @@ def test_frozen_weights_buffers_and_a_live_engine(first, second, tree_of, tmp_pa
     resave.train(engine, recipe)
     for folder in ("to", "back"):
         progress = state.restore(engine, commit.verify(source))
-        state.save(engine, tmp_path / folder, progress, {}, group_names, keep_last=2)
+        state.save(engine, tmp_path / folder, progress, {"parameters": 1}, group_names, keep_last=2)
         _compare_state(source, tmp_path / folder / commit.name_of(3))
         resave.train(engine, recipe)
 
