@@ -8,7 +8,7 @@ from megatron_steel.recipe import accumulation_steps, from_dict, load_recipe, re
 
 PUBLISHED = {  # name: (parameters, tensors)
     "steel-1b": (1_122_922_770, 633),
-    "steel-1b-causal": (1_122_922_770, 633),
+    "steel-1b-causal": (1_122_987_282, 579),
     "tinyllama-1.1b": (1_100_048_384, 201),
     "zh-1b": (1_004_395_008, 398),
 }

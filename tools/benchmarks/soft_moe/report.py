@@ -24,7 +24,7 @@ def main() -> None:
     large = [json.loads(file.read_text()) for file in sorted(arguments.runs.glob("large/*/result.json"))]
     random = [json.loads(file.read_text()) for file in sorted(arguments.runs.glob("random/*.json"))]
     chosen = at_best_rate(read)
-    text = [small_table(chosen), rates_table(read), large_table(large), random_table(random)]
+    text = [small_table(chosen), paired_table(chosen), rates_table(read), large_table(large), random_table(random)]
     print("\n\n".join(text))
     kept = {"small": [without_curves(row) for row in read], "large": large, "random": random}
     arguments.json.write_text(json.dumps(kept) + "\n")
@@ -56,6 +56,21 @@ def small_table(chosen: dict[str, list[Result]]) -> str:
             f"| {mean(rows, 'teacher_forced'):.4f} | **{mean(rows, 'honest'):.4f}** "
             f"| {min(honest):.4f} to {max(honest):.4f} ({len(rows)}) |"
         )
+    return "\n".join(lines)
+
+
+def paired_table(chosen: dict[str, list[Result]]) -> str:
+    """Honest loss minus that of dense at the same seed, which fixes the order of data."""
+    dense = {row["seed"]: row["honest"] for row in chosen["dense"]}
+    lines = [
+        "| variant | " + " | ".join(f"seed {seed}" for seed in dense) + " | mean |",
+        "|---" * (len(dense) + 2) + "|",
+    ]
+    for variant, rows in chosen.items():
+        apart = {row["seed"]: row["honest"] - dense[row["seed"]] for row in rows}
+        if variant != "dense" and len(apart) == len(dense):
+            cells = [f"{apart[seed]:+.4f}" for seed in dense]
+            lines.append(f"| {variant} | " + " | ".join(cells) + f" | {statistics.mean(apart.values()):+.4f} |")
     return "\n".join(lines)
 
 
