@@ -126,6 +126,8 @@ def verdict_of(source: Path, trust_code: bool = False) -> dict[str, Any]:
         report = quick_audit(load_for_audit(source, trust_code))
     except SteelError as error:
         report = _unknown(str(error.what))
+    except Exception as error:  # the library's own, or no memory for a second copy
+        report = _unknown(f"{type(error).__name__}: {error}")
     warning = warning_of(report)
     if warning:
         dist.log.warning("%s", warning)
@@ -236,7 +238,12 @@ def _sample(data: str | None, model: Any) -> "torch.Tensor":
 
 def _length(model: Any, wanted: int) -> int:
     """As long as wanted, or as long as the model's positions allow."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or wanted
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or wanted
+    if wanted == _LONG and getattr(text, "FFN_type", "") == "softmoe_causal" and text.causal_slots == "lagged":
+        wanted = max(
+            wanted, 9 * text.segment_length // 2 | 1
+        )  # the place asked, a third in, lies in the second segment
     return min(wanted, limit)
 
 

@@ -129,7 +129,9 @@ def _watch(i: int, layer: nn.Module, sizes: dict[str, float], squares: dict[str,
 
     def size(key: str) -> Any:
         def measure(module: nn.Module, args: Any, output: Any) -> None:
-            sizes[key] = parts.rms(parts.first_tensor(output))
+            x = parts.first_tensor(output)
+            if x is not None:
+                sizes[key] = parts.rms(x)
 
         return measure
 

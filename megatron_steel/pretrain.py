@@ -119,7 +119,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     watch.skipped_steps = progress.skipped_steps
     spikes = _spikes(recipe, progress, order)
     facts = run_folder.facts_of(recipe, plan, config)
-    monitor = Monitor(folder, progress.step, sees_future=causal is False)
+    monitor = Monitor(folder, progress.step, sees_future=causal is False or getattr(plan.config, "sees_future", False))
     monitor.text("recipe", run_folder.as_yaml(recipe))
     dataset = preflight.open_dataset(plan.train, order)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
@@ -229,9 +229,14 @@ def _roll_back(
     from megatron_steel.train.spikes import plan_roll_back
 
     folder, at = Path(recipe.run.dir).expanduser() / "checkpoints", spikes.suspects[-1]
-    back = plan_roll_back(
-        spikes, folder, loader.state, lambda c: from_json(c.manifest["order"], c.path), recipe.train.global_batch_size
-    )
+    with watch.saving():  # whole checkpoints are hashed
+        back = plan_roll_back(
+            spikes,
+            folder,
+            loader.state,
+            lambda c: from_json(c.manifest["order"], c.path),
+            recipe.train.global_batch_size,
+        )
     if back is None:
         if dist.is_main():
             dist.log.warning("step %d: the loss has spiked and no checkpoint is older: the run goes on as it is", at)

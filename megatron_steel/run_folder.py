@@ -71,6 +71,14 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
     return {"model_config": json.loads(json.dumps(fields, default=str)), "tokenizer": plan.tokenizer}
 
 
+def _defaults(plan: RunPlan) -> dict[str, Any]:
+    """The configuration class's own values: those of fields that a checkpoint of an older version does not name."""
+    try:
+        return json.loads(json.dumps(type(plan.config)().to_dict(), default=str))
+    except Exception:  # a foreign class that cannot do without arguments
+        return {}
+
+
 def find_checkpoint(recipe: Recipe, plan: RunPlan, folder: Path) -> "Checkpoint | None":
     """The newest whole checkpoint, if this run may go on from it; a collective call. Raises SteelError where it may not."""
     from megatron_steel.train import state
@@ -80,5 +88,5 @@ def find_checkpoint(recipe: Recipe, plan: RunPlan, folder: Path) -> "Checkpoint 
         raise dist.shared(SteelError("the run folder holds a checkpoint and train.resume is never", folder,
                                      "choose another run.dir, or train.resume=auto to go on"))  # fmt: skip
     if checkpoint:
-        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, _identity(plan)))
+        dist.together(lambda: state.refuse_other_run(checkpoint, recipe, _identity(plan), _defaults(plan)))
     return checkpoint

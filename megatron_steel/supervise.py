@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -43,7 +44,7 @@ _FAILURES_WITHOUT_PROGRESS = 10
 _LONGEST_PAUSE = 300.0  # seconds between two starts
 _LOOK_EVERY = 0.2
 _FAILED_ENDS_IN = 5.0  # seconds that the other ranks have after one has failed
-_LEFT_END_IN = 60.0  # seconds for ranks that save because their launcher has died; they end themselves sooner if stuck
+_LEFT_END_IN = 660.0  # seconds for ranks that save because their launcher has died; they end themselves sooner if stuck
 _PR_SET_PDEATHSIG = 1
 
 
@@ -63,12 +64,18 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
     if num_gpus is not None and num_gpus < 1:
         raise SteelError(f"{num_gpus} ranks cannot train", "--num_gpus", "give at least 1, or leave it out")
     folder = Path(resolved.run.dir).expanduser().absolute()
-    supervisor = Supervisor(folder, [recipe, *overrides], resolved.train.stop_after_minutes)
+    words = [recipe, *overrides]
+    if resolved.train.resume == "never":  # asked of the folder as it is now; later starts go on with this run's own
+        if (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step-*")):
+            what = "train.resume is never and the run folder has been used"
+            raise SteelError(what, folder, "choose another run.dir, or train.resume=auto to go on")
+        words.append("train.resume=auto")
+    supervisor = Supervisor(folder, words, resolved.train.stop_after_minutes)
     with supervisor.listening():
         where = ["--hostfile", hostfile] if hostfile else []
         if num_gpus is None and not hostfile and not _sees_gpus():
             num_gpus = 2
-        supervisor.run([*where, *(["--num_gpus", str(num_gpus)] if num_gpus else [])])
+        supervisor.run([*where, *_ranks(num_gpus, bool(hostfile))])
 
 
 class Supervisor:
@@ -152,7 +159,9 @@ class Supervisor:
                 self._wait(launcher, reports)
             finally:
                 left = _processes(reports)
-                _kill(left)
+                if launcher.poll() is None:
+                    launcher.kill()
+                _kill([process for process in left if process.pid != launcher.pid])  # ours to wait for: it has the code
                 code = launcher.wait()
             return judge(report.read_all(reports), code, {process.pid for process in left}, self._asked is not None)
         finally:
@@ -166,6 +175,9 @@ class Supervisor:
         parent, libc = os.getpid(), ctypes.CDLL(None)
 
         def die_with_parent() -> None:
+            signal.signal(
+                signal.SIGUSR1, signal.SIG_IGN
+            )  # SLURM tells every process: ranks listen, launchers would die
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # its ranks notice, save and leave
             if os.getppid() != parent:
                 os._exit(EXIT_INTERNAL)
@@ -179,7 +191,7 @@ class Supervisor:
         while True:
             if self._wanted() and not told:
                 dist.log.info("asked to stop (%s): every rank saves at the end of its step", self._asked)
-                report.ask_to_stop(reports, str(self._asked))
+                self._tell(reports)
                 told = True
             now = time.monotonic()
             ranks = report.read_all(reports)
@@ -196,6 +208,17 @@ class Supervisor:
             if self._now or now > kill_at:
                 return
             time.sleep(_LOOK_EVERY)
+
+    def _tell(self, reports: Path) -> None:
+        """Ask every rank to stop: by a file, or where the disk is full by a signal to those of this machine."""
+        try:
+            report.ask_to_stop(reports, str(self._asked))
+        except OSError as error:
+            dist.log.warning("%s: %s; the ranks of this machine are signalled instead", reports, error)
+            for process in _processes(reports):
+                words = process.cmdline()
+                if "deepspeed.launcher.launch" not in words and any(w.startswith("--local_rank=") for w in words):
+                    process.send_signal(signal.SIGTERM)
 
     def _wanted(self) -> bool:
         """True when this process was asked to stop."""
@@ -219,11 +242,14 @@ class Supervisor:
     def _reports_folder(self, number: int) -> Path:
         """A fresh folder for the ranks of one start, inside the run folder, which all nodes see."""
         mark = f".launch-{socket.gethostname()}-"
-        folder = self._folder / f"{mark}{os.getpid()}-{number}"
         try:
-            folder.mkdir(parents=True)
-            for other in self._folder.glob(f"{mark}*"):  # of a supervisor that was killed
-                if not Path("/proc", other.name.removeprefix(mark).split("-")[0]).exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f"{mark}{os.getpid()}-{number}-", dir=self._folder))
+            for other in self._folder.glob(
+                f"{mark}*"
+            ):  # of a supervisor that was killed; in a container, of the same pid
+                pid = other.name.removeprefix(mark).split("-")[0]
+                if other != folder and (pid == str(os.getpid()) or not Path("/proc", pid).exists()):
                     shutil.rmtree(other, ignore_errors=True)
         except OSError as error:
             what = f"the run folder cannot be written: {error.strerror}"
@@ -237,6 +263,19 @@ class Supervisor:
         if self._folder.is_dir():
             with contextlib.suppress(OSError), (self._folder / HISTORY).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _ranks(num_gpus: int | None, nodes: bool) -> list[str]:
+    """The launcher's options for the number of ranks. With `--num_gpus` it would forget CUDA_VISIBLE_DEVICES."""
+    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    if num_gpus is None:
+        return []
+    if nodes or not visible or not _sees_gpus():
+        return ["--num_gpus", str(num_gpus)]
+    if num_gpus > len(visible):
+        what = f"{num_gpus} ranks, but {len(visible)} GPUs in CUDA_VISIBLE_DEVICES"
+        raise SteelError(what, "--num_gpus", "ask for fewer, or show more")
+    return ["--include", "localhost:" + ",".join(visible[:num_gpus])]
 
 
 def _processes(reports: Path) -> list[Any]:

@@ -244,3 +244,25 @@ def test_bad_input_is_named(tiny_recipe, tmp_path, capsys):
     ):
         assert cli.main(["audit", *words]) == 78
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("segment", [32, 125, 256])
+def test_a_lagged_mixture_is_asked_behind_its_first_segment(segment, monkeypatch):
+    """A segment that reads itself, and not the one before, is found out however long segments are."""
+    from megatron_steel.model import mixture_steel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "mlp_div_ratio": 4, "num_hidden_layers": 1, "vocab_size": 64,
+             "num_attention_heads": 2, "n_experts": 2, "max_position_embeddings": 4096}  # fmt: skip
+    kind = {"FFN_type": "softmoe_causal", "causal_slots": "lagged", "segment_length": segment}
+    model = build_model(SteelConfig(**sizes, **kind), seed=0)
+    assert quick_audit(model)["causal"] is True
+    honest = torch.where
+
+    # In the forward pass `where` chooses between learned slots and the means of the segment before.
+    def leaking(condition, a, b):
+        if b.dim() == 4 and b.shape[1] == condition.shape[1] and a.dim() == 2:
+            b = torch.cat((b[:, 1:], b[:, -1:]), dim=1)
+        return honest(condition, a, b)
+
+    monkeypatch.setattr(mixture_steel.torch, "where", leaking)
+    assert quick_audit(model)["causal"] is False

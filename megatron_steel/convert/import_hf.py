@@ -11,6 +11,7 @@ The dtype on disk is kept. Knows nothing of runs and checkpoints.
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +78,8 @@ def read_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
         try:
             tensors = _open(file)
         except pickle.UnpicklingError as error:
-            what = f"the weights are unsafe: {str(error).splitlines()[0]}"
+            asked = re.search(r"(?:GLOBAL|call|class|instance of)\s+`?([\w.]+)", str(error))
+            what = f"the weights are unsafe: the file asks for {asked.group(1) if asked else 'more than plain data'}"
             raise SteelError(what, file, "use safetensors, or a folder that you trust") from error
         except Exception as error:  # the readers' own classes are many
             raise SteelError(f"the weights cannot be read: {error}", file, "fetch the file again") from error

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_steel.errors import SteelError
 from megatron_steel.model.configuration_steel import SteelConfig
-from megatron_steel.model.folder import refuse_outside
+from megatron_steel.model.folder import is_own_code, refuse_outside
 from megatron_steel.model.modeling_steel import MIXTURES, SteelForCausalLM
 from megatron_steel.model.training import prepare_for_training
 
@@ -165,6 +165,9 @@ def _config_of_folder(path: str, trust_code: bool) -> PretrainedConfig:
         what = f"the model folder has no readable config.json: {error}"
         raise SteelError(what, file, "give model.path a Hugging Face folder, or use model.type") from None
     foreign = "AutoModelForCausalLM" in content.get("auto_map", {})
+    if model_type == "steel" and not trust_code and not is_own_code(Path(path), content):
+        what = "the folder's code for model_type 'steel' is not this package's, and running it is not allowed"
+        raise SteelError(what, file, "read the .py files there, then set model.trust_code=true")
     try:
         if model_type == "steel" and not trust_code:  # this package's own file, not the copy in the folder
             return SteelConfig.from_pretrained(path, local_files_only=True)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder from a stranger names nothing outside itself.
+"""A Hugging Face folder from a stranger: it names nothing outside itself, and its Steel code is this package's or it is not run.
 
 An index of shards names plain files, and a link leads to a file of the folder, or into the blobs of the Hugging Face cache
 that the folder is part of. transformers and a plain copy would follow both anywhere. Must not know models or weights.
@@ -6,6 +6,7 @@ that the folder is part of. transformers and a plain copy would follow both anyw
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_steel.errors import SteelError
 
@@ -36,3 +37,14 @@ def _named(index: Path) -> list[str]:
         return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SteelError(f"the index cannot be read: {error!r}", index, "fetch it again") from None
+
+
+def is_own_code(folder: Path, tree: dict[str, Any]) -> bool:
+    """True for a Steel folder whose code is exactly this package's (or that brings none)."""
+    if tree.get("model_type") != "steel":
+        return False
+    from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
+
+    own = {Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)}
+    present = {file.name: file.read_bytes() for file in folder.glob("*.py")}
+    return not present or present == {file.name: file.read_bytes() for file in own}

@@ -73,7 +73,9 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def _eager_attention(module: nn.Module, query, key, value, attention_mask=None, scaling=1.0, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module: nn.Module, query, key, value, attention_mask=None, scaling=1.0, dropout=0.0, **kwargs
+):
     """Plain attention, [B, N, T, d] -> [B, T, N, d]; the twin that sdpa is tested against."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -129,9 +131,18 @@ class SteelAttention(nn.Module):
         )
         query, key = _rotate(query, *rotary), _rotate(key, *rotary)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            seen = int(past_key_values.get_seq_length(self.layer_idx))
+            where = {"cache_position": torch.arange(seen, seen + T, device=x.device)}
+            key, value = past_key_values.update(key, value, self.layer_idx, where)
+            if attention_mask is None or attention_mask.shape[-1] == seen + T:
+                key, value = key[:, :, : seen + T], value[:, :, : seen + T]  # a static cache hands out all its room
         name = self.config._attn_implementation
-        attend = _eager_attention if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
+        if name in (None, "eager"):
+            attend = eager_attention_forward
+        elif _TRANSFORMERS_5:  # both spellings: set_attn_implementation looks for them in this file
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         dropout = self.config.attention_dropout if self.training else 0.0
         out, _ = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs

@@ -59,9 +59,10 @@ def rms(x: torch.Tensor) -> float:
     return math.sqrt(float(square_sum(x)) / x.numel())
 
 
-def first_tensor(output: Any) -> torch.Tensor:
-    """What a part hands on, where it also gives weights or a router's opinion."""
-    return output[0] if isinstance(output, tuple) else output
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """What a part hands on, where it also gives weights or a router's opinion; None where it hands on no tensor."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else (output,)
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
 def _with_matrices(layer: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,6 +1,6 @@
 """Open a Hugging Face folder: its model, ready to be asked, and its tokenizer. Runs no foreign code unasked.
 
-A Steel folder whose two code files are this package's own, byte for byte, is built from the package's classes. Any
+A Steel folder whose code files are this package's own, byte for byte, is built from the package's classes. Any
 other code needs `trust_code`. Knows nothing of prompts or scores.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel.errors import SteelError
+from megatron_steel.model.folder import is_own_code
 
 if TYPE_CHECKING:
     import torch
@@ -62,17 +63,6 @@ def load(model_dir: str, trust_code: bool = False) -> Loaded:
         raise SteelError(what, folder, "name a folder that `megatron-steel export` or save_pretrained wrote") from error
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     return Loaded(model.eval().to(device), tokenizer, device)
-
-
-def is_own_code(folder: Path, tree: dict[str, Any]) -> bool:
-    """True for a Steel folder whose code is exactly this package's (or that brings none)."""
-    if tree.get("model_type") != "steel":
-        return False
-    from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
-
-    own = {Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)}
-    present = {file.name: file.read_bytes() for file in folder.glob("*.py")}
-    return not present or present == {file.name: file.read_bytes() for file in own}
 
 
 def _config_json(folder: Path) -> dict[str, Any]:

@@ -114,13 +114,15 @@ class Guard:
                 self._exit(EXIT_STOPPED, "stopped before the first step on request: nothing to save")
             patience = _STARTING_ENDS_IN + 2
         elif watch.phase is Phase.SAVING:
-            patience = 60.0 if lost else math.inf
+            # A save of all ranks ends by itself, however large; one whose peer is dead does not.
+            patience = 60.0 if self._peer_lost_at is not None else _SAVE_MAY_REST if lost else math.inf
         elif watch.phase is Phase.LEAVING:
             patience = 60.0  # everything is saved; the first rank draws a picture
         elif lost:
             patience = 30.0 if watch.longest_pause is None else max(8.0, 3 * watch.longest_pause)
         else:
-            patience = 60.0 if watch.longest_pause is None else max(20.0, 5 * watch.longest_pause)
+            # The first step compiles and connects: how long it may take nobody knows.
+            patience = _SAVE_MAY_REST if watch.longest_pause is None else max(20.0, 5 * watch.longest_pause)
         since = min([*lost, *([watch.asked_at] if watch.asked_at is not None else [])], default=None)
         if since is not None and now - max(since, watch.progressed_at) > patience:
             dead = "the launcher" if self._launcher_lost_at else "another rank"

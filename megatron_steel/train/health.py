@@ -80,6 +80,8 @@ class Health:
     def _adds(self, row: int, i: int) -> Any:
         def add(module: "nn.Module", args: Any, output: Any) -> None:
             x = parts.first_tensor(output)
+            if x is None:  # foreign code hands on what nobody can measure: this layer has no share
+                return
             self._sums[0, row, i] += parts.square_sum(x)
             self._sums[1, row, i] += x.numel()
 
@@ -92,12 +94,12 @@ def by_layer(figures: dict[str, list[float]]) -> dict[str, float]:
 
 
 def extremes(figures: dict[str, list[float]]) -> dict[str, float]:
-    """The least and the most of all layers, for `metrics.jsonl`; not a number where a layer has none."""
+    """The least and the most of all layers that could be measured, for `metrics.jsonl`."""
     found = {}
     for name, values in figures.items():
-        if values:
-            broken = any(math.isnan(v) for v in values)
-            found[f"{name}_min"], found[f"{name}_max"] = (math.nan,) * 2 if broken else (min(values), max(values))
+        known = [value for value in values if not math.isnan(value)]
+        if known:
+            found[f"{name}_min"], found[f"{name}_max"] = min(known), max(known)
     return found
 
 

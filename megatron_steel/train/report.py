@@ -5,6 +5,7 @@ supervisor writes `stop` to ask every rank at once, also those that have not sta
 can be missed, and it reaches other nodes. Without a supervisor there is no folder and nothing is written.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -81,7 +82,17 @@ def ask_to_stop(folder: Path, why: str) -> None:
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
     """What the ranks have reported so far, in their order."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("rank-*.json"))]
+    found = [_read(file) for file in sorted(folder.glob("rank-*.json"))]
+    return [entry for entry in found if entry is not None]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """One report; on a network file system a file that is being replaced may be gone for a moment."""
+    for _ in range(10):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(file.read_text(encoding="utf-8"))
+        time.sleep(0.05)
+    return None
 
 
 def _replace(file: Path, text: str) -> None:

@@ -84,7 +84,8 @@ class Spikes:
 
     def back_to(self, step: int, seen: dict[str, Any] | None, done: dict[str, int]) -> None:
         """Know what was known at `step` (the checkpoint's `to_json`), and what has been done about the spike."""
-        seen = seen or {}
+        if seen is None or step <= self.since:  # what it saw before that cannot be compared with what comes now
+            seen = {"since": max(step, self.since)}
         self.losses, self.suspects = list(seen.get("losses", [])), list(seen.get("suspects", []))
         self.since = seen.get("since", step)
         self.rollbacks.append(done)

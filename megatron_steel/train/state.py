@@ -206,7 +206,9 @@ def _what_changed(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
     return "the checkpoint's shards are cut otherwise than this run's (sub-groups, offload, alignment): cut anew"
 
 
-def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, now: dict[str, Any]) -> None:
+def refuse_other_run(
+    checkpoint: commit.Checkpoint, recipe: Recipe, now: dict[str, Any], defaults: dict[str, Any]
+) -> None:
     """Raise SteelError naming the first thing that cannot change between a checkpoint and its continuation.
 
     Ranks, micro-batch, ZeRO stage and precision can (`restore`).
@@ -214,12 +216,13 @@ def refuse_other_run(checkpoint: commit.Checkpoint, recipe: Recipe, now: dict[st
     Args:
         now: of the run as it starts now: `model_config` and `tokenizer`, as the manifest holds them. Paths may
             change, what lies there not.
+        defaults: of the configuration class, for fields that it did not have when the checkpoint was written.
     """
     manifest = checkpoint.manifest
     remedy = "restore it, or start another run with run.dir=..."
     before, after = manifest["model_config"], now["model_config"]
     for key in sorted({*before, *after}):
-        if before.get(key) != after.get(key):
+        if before.get(key, defaults.get(key)) != after.get(key):
             what = f"model.config.{key} was {before.get(key)!r} and is now {after.get(key)!r}"
             raise SteelError(what, checkpoint.path, remedy)
     if manifest["tokenizer"]["fingerprint"] != now["tokenizer"]["fingerprint"]:

@@ -390,3 +390,24 @@ def test_export_loads_in_a_fresh_process_without_this_package(tmp_path, slots):
         torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(written, model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0))
     assert all((tmp_path / "again" / name).is_file() for name in ("mixture_steel.py", "experts_steel.py"))
+
+
+@pytest.mark.parametrize("ffn", ["raw", "prefix", "lagged"])
+@torch.no_grad()
+def test_a_static_cache_decodes_what_a_full_pass_computes(ffn):
+    from transformers import StaticCache
+
+    model, ids = (tiny("prefix", FFN_type="raw") if ffn == "raw" else tiny(ffn)), some_ids()
+    cache, parts = StaticCache(config=model.config, max_cache_len=TOKENS + 9), []
+    for t in range(TOKENS):
+        parts.append(model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_attention_can_be_changed_afterwards():
+    model, ids = tiny("lagged"), some_ids()
+    before = model(ids).logits
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)

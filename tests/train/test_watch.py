@@ -14,6 +14,7 @@ from megatron_steel.train.watch import SIGNALS, Phase, Watch, stop_signals
 @pytest.fixture
 def watch():
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests inherit that it is ignored
     watch = Watch(None)
     watch.listen()
     yield watch

@@ -137,9 +137,9 @@ def draw(chosen: dict[str, list[Result]], large: list[Result], random: list[Resu
     bars.set_ylim(bottom=min(mean(rows, "teacher_forced") for rows in chosen.values()) - 0.1)
     bars.set_xticks(list(places), names, rotation=30, ha="right", fontsize=7)
     bars.legend(fontsize=7)
-    wide.set(title="32M parameters: validation loss (one seed)", xlabel="tokens", ylabel="nats per token")
+    wide.set(title="32M parameters: training loss (one seed)", xlabel="tokens", ylabel="nats per token")
     for row in large:
-        wide.plot(*zip(*row["curve"][1:], strict=True), label=row["variant"])
+        wide.plot(*zip(*row["training_curve"][2:], strict=True), label=row["variant"])
     wide.legend(fontsize=7)
     noise.set(title="independent random tokens: training loss", xlabel="step", ylabel="nats per token")
     for row in random:
