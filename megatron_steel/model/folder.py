@@ -46,5 +46,5 @@ def is_own_code(folder: Path, tree: dict[str, Any]) -> bool:
     from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
 
     own = {Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)}
-    present = {file.name: file.read_bytes() for file in folder.glob("*.py")}
-    return not present or present == {file.name: file.read_bytes() for file in own}
+    known = {file.name: file.read_bytes() for file in own}
+    return all(known.get(file.name) == file.read_bytes() for file in folder.glob("*.py"))

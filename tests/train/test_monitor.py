@@ -1,6 +1,7 @@
 """What goes out can be read back: real TensorBoard files, JSON lines cut back on resume, a picture."""
 
 import json
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,6 +46,7 @@ def test_lines_after_the_checkpoint_and_torn_lines_are_cut(tmp_path):
 
 def test_a_resumed_board_shows_each_step_once(tmp_path):
     for first, from_step, value in ((1, 0, 1.0), (3, 2, 2.0)):
+        time.sleep(1.1)  # TensorBoard orders its files by the second in their names, then by a counter as text
         monitor = Monitor(tmp_path, from_step)
         for step in range(first, 5):
             monitor.scalars(step, {"tokens": step * 10.0, "loss": value})
