@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from megatron_steel.checkpoint.commit import Checkpoint
 
 
+def refuse_used(folder: Path) -> None:
+    """For `train.resume=never`. Raises SteelError when somebody has trained here."""
+    from megatron_steel.checkpoint.commit import published
+
+    if (folder / "metrics.jsonl").exists() or published(folder / "checkpoints"):
+        what = "train.resume is never and the run folder has been used"
+        raise SteelError(what, folder, "choose another run.dir, or train.resume=auto to go on")
+
+
 def open_folder(folder: Path, recipe: Recipe, config: dict[str, Any], seen: list[Path]) -> TextIO:
     """Make the run folder, lock it, and write down what was resolved. Returns the lock.
 
@@ -31,8 +40,8 @@ def open_folder(folder: Path, recipe: Recipe, config: dict[str, Any], seen: list
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock.take(folder)
-        if recipe.train.resume == "never" and (folder / "metrics.jsonl").exists():
-            raise SteelError("train.resume is never and the run folder has been used", folder, "choose another run.dir")
+        if recipe.train.resume == "never":
+            refuse_used(folder)
         if published(folder / "checkpoints") != seen:
             raise SteelError("another job has saved here since this one looked", folder, "start again")
         (folder / "recipe.yaml").write_text(as_yaml(recipe), encoding="utf-8")
@@ -83,10 +92,9 @@ def find_checkpoint(recipe: Recipe, plan: RunPlan, folder: Path) -> "Checkpoint 
     """The newest whole checkpoint, if this run may go on from it; a collective call. Raises SteelError where it may not."""
     from megatron_steel.train import state
 
+    if recipe.train.resume == "never":
+        dist.together(lambda: refuse_used(folder))
     checkpoint = state.find(folder / "checkpoints")
-    if checkpoint and recipe.train.resume == "never":
-        raise dist.shared(SteelError("the run folder holds a checkpoint and train.resume is never", folder,
-                                     "choose another run.dir, or train.resume=auto to go on"))  # fmt: skip
     if checkpoint:
         dist.together(lambda: state.refuse_other_run(checkpoint, recipe, _identity(plan), _defaults(plan)))
     return checkpoint

@@ -57,6 +57,7 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
         TrainingError: the job failed while it was stopping.
     """
     from megatron_steel.recipe import load_recipe
+    from megatron_steel.run_folder import refuse_used
 
     resolved = load_recipe(recipe, overrides)
     if hostfile and not Path(hostfile).is_file():
@@ -66,9 +67,7 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
     folder = Path(resolved.run.dir).expanduser().absolute()
     words = [recipe, *overrides]
     if resolved.train.resume == "never":  # asked of the folder as it is now; later starts go on with this run's own
-        if (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step-*")):
-            what = "train.resume is never and the run folder has been used"
-            raise SteelError(what, folder, "choose another run.dir, or train.resume=auto to go on")
+        refuse_used(folder)
         words.append("train.resume=auto")
     supervisor = Supervisor(folder, words, resolved.train.stop_after_minutes)
     with supervisor.listening():
@@ -175,9 +174,8 @@ class Supervisor:
         parent, libc = os.getpid(), ctypes.CDLL(None)
 
         def die_with_parent() -> None:
-            signal.signal(
-                signal.SIGUSR1, signal.SIG_IGN
-            )  # SLURM tells every process: ranks listen, launchers would die
+            # SLURM tells every process: ranks listen, launchers would die of it.
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # its ranks notice, save and leave
             if os.getppid() != parent:
                 os._exit(EXIT_INTERNAL)
@@ -245,9 +243,8 @@ class Supervisor:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=f"{mark}{os.getpid()}-{number}-", dir=self._folder))
-            for other in self._folder.glob(
-                f"{mark}*"
-            ):  # of a supervisor that was killed; in a container, of the same pid
+            # Of supervisors that were killed: their process is gone, or in a container it has our number.
+            for other in self._folder.glob(f"{mark}*"):
                 pid = other.name.removeprefix(mark).split("-")[0]
                 if other != folder and (pid == str(os.getpid()) or not Path("/proc", pid).exists()):
                     shutil.rmtree(other, ignore_errors=True)

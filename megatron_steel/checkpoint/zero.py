@@ -158,13 +158,17 @@ def _load(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(_Inert, name) for name in _ITS_CLASSES]):
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|call|class|instance of)\s+`?([\w.]+)", str(error))
-        asks = f"asks for {named.group(1)}" if named else "is no plain data"
-        what = f"the file is unsafe: it {asks}, which loading weights never needs"
+        what = f"the file is unsafe: it {asked_for(error)}, which loading weights never needs"
         raise SteelError(what, file, "do not use this checkpoint; nothing of the file was run") from None
     except Exception as error:  # torch's own kinds are many: no zip archive, a cut one, a foreign pickle
         what = f"the file is not one that DeepSpeed writes, and unsafe or damaged: {str(error).splitlines()[0]}"
         raise SteelError(what, file, "use another checkpoint") from error
+
+
+def asked_for(error: pickle.UnpicklingError) -> str:
+    """What torch's weights-only reader refused, as the end of a sentence about the file."""
+    named = re.search(r"(?:GLOBAL|call|class|instance of)\s+`?([\w.]+)", str(error))
+    return f"asks for {named.group(1)}" if named else "is no plain data"
 
 
 def _end_to_end(shapes: list[dict[str, Any]], parts: list[dict[str, Any]], file: Path) -> tuple[list[Stored], int]:

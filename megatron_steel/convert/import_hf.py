@@ -11,13 +11,13 @@ The dtype on disk is kept. Knows nothing of runs and checkpoints.
 import json
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
+from megatron_steel.checkpoint.zero import asked_for
 from megatron_steel.errors import SteelError
 from megatron_steel.model.folder import refuse_outside
 
@@ -78,8 +78,7 @@ def read_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
         try:
             tensors = _open(file)
         except pickle.UnpicklingError as error:
-            asked = re.search(r"(?:GLOBAL|call|class|instance of)\s+`?([\w.]+)", str(error))
-            what = f"the weights are unsafe: the file asks for {asked.group(1) if asked else 'more than plain data'}"
+            what = f"the weights are unsafe: the file {asked_for(error)}"
             raise SteelError(what, file, "use safetensors, or a folder that you trust") from error
         except Exception as error:  # the readers' own classes are many
             raise SteelError(f"the weights cannot be read: {error}", file, "fetch the file again") from error

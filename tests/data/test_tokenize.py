@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
+from processes import session, wait_for
 
 from megatron_steel import cli
 from megatron_steel.data import parts, readers
@@ -403,26 +403,6 @@ def test_the_same_command_twice_at_once(tmp_path, tiny_tokenizer):
     assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.manifest.json"}
     tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1)
     assert content(tmp_path / "out") == content(tmp_path / "straight")
-
-
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def session(leader):
-    """The processes of a session, zombies left out."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == leader and fields[0] != "Z":
-            found.append(folder.name)
-    return found
 
 
 @pytest.mark.shared

@@ -11,9 +11,9 @@ import os
 import re
 import shutil
 import subprocess
-import time
 
 import pytest
+from processes import wait_for
 from stub_run import curve, starts
 
 from megatron_steel.checkpoint import commit
@@ -212,10 +212,3 @@ def test_deepspeed_on_two_ranks(tiny_recipe, launch, metrics, tmp_path, stage, l
     assert steps(run) == [2]
     launch(2, *arguments, "train.steps=4", "schedule.name=constant")
     assert steps(run) == [2, 4]
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)

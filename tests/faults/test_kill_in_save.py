@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import session, wait_for
 from stub_run import curve, starts
 
 from megatron_steel.checkpoint import commit
@@ -216,24 +217,5 @@ def newest_name(checkpoints):
     return max((int(p.name[5:]) for p in commit.published(checkpoints)), default=0)
 
 
-def session(leader):
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == leader and fields[0] != "Z":
-            found.append(int(folder.name))
-    return found
-
-
 def finish(stub, pids):
     assert [stub.wait(pid) for pid in pids] == [0] * len(pids)
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import session, wait_for
 
 from megatron_steel.data.indexed import IndexedDataset
 from megatron_steel.data.manifest import verify
@@ -113,22 +114,3 @@ def kill_session(process):
     process.wait()
     process.stderr.close()
     wait_for(lambda: not session(process.pid))
-
-
-def session(leader):
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == leader and fields[0] != "Z":
-            found.append(int(folder.name))
-    return sorted(found)
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)

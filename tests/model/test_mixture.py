@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from mixtures import SIZES, SLOTS, tiny
 from transformers.dynamic_module_utils import get_relative_imports
 
 from megatron_steel.model import mixture_steel, modeling_steel
@@ -19,12 +20,6 @@ from megatron_steel.model.modeling_steel import SteelForCausalLM, _rotate, rotar
 from megatron_steel.model.training import prepare_for_training
 from megatron_steel.recipe import Model, load_recipe
 
-SLOTS = ("prefix", "lagged")
-SIZES = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "n_experts": 3, "slots_per_expert": 2, "mlp_div_ratio": 2, "initializer_range": 0.1,
-    "FFN_type": "softmoe_causal", "segment_length": 5,
-}  # fmt: skip
 TOKENS = 31
 
 
@@ -33,11 +28,6 @@ def small_pieces(monkeypatch):
     """Short chunks and blocks, so that a short text has several of each, and ends within one."""
     monkeypatch.setattr(mixture_steel, "CHUNK", 4)
     monkeypatch.setattr(mixture_steel, "BLOCK", 12)
-
-
-def tiny(slots="prefix", **changes) -> SteelForCausalLM:
-    torch.manual_seed(0)
-    return SteelForCausalLM(SteelConfig(**(SIZES | {"causal_slots": slots} | changes))).eval()
 
 
 def some_ids(batch=2, tokens=TOKENS) -> torch.Tensor:
@@ -264,19 +254,12 @@ def random_token_loss(steps, **changes):
     return sum(losses[-20:]) / 20
 
 
+@pytest.mark.parametrize("steps", [120, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("slots", SLOTS)
-def test_random_tokens_stay_unpredictable(slots, monkeypatch):
+def test_random_tokens_stay_unpredictable(slots, steps, monkeypatch):
     monkeypatch.setattr(mixture_steel, "CHUNK", 16)
     monkeypatch.setattr(mixture_steel, "BLOCK", 64)
-    assert random_token_loss(120, causal_slots=slots) > math.log(NOISE_WORDS) - 0.02
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("slots", SLOTS)
-def test_random_tokens_stay_unpredictable_for_1500_steps(slots, monkeypatch):
-    monkeypatch.setattr(mixture_steel, "CHUNK", 16)
-    monkeypatch.setattr(mixture_steel, "BLOCK", 64)
-    assert random_token_loss(1500, causal_slots=slots) > math.log(NOISE_WORDS) - 0.02
+    assert random_token_loss(steps, causal_slots=slots) > math.log(NOISE_WORDS) - 0.02
 
 
 @pytest.mark.slow

@@ -8,28 +8,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from mixtures import SIZES, SLOTS, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_steel.model.build import fetched_whole
-from megatron_steel.model.configuration_steel import FFN_TYPES, MLP_TYPES, SteelConfig
+from megatron_steel.model.configuration_steel import FFN_TYPES, MLP_TYPES
 from megatron_steel.model.experts_steel import SteelSoftMoEV1, SteelSoftMoEV2, run_experts
 from megatron_steel.model.flops import flops_per_token
 from megatron_steel.model.memory import activation_bytes_per_sample
-from megatron_steel.model.modeling_steel import SteelForCausalLM
 from megatron_steel.model.training import prepare_for_training
-
-SLOTS = ("prefix", "lagged")
-SIZES = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "n_experts": 3, "slots_per_expert": 2, "mlp_div_ratio": 2, "initializer_range": 0.1,
-    "FFN_type": "softmoe_causal", "segment_length": 5,
-}  # fmt: skip
-
-
-def tiny(slots="prefix", **changes) -> SteelForCausalLM:
-    torch.manual_seed(0)
-    return SteelForCausalLM(SteelConfig(**(SIZES | {"causal_slots": slots} | changes))).eval()
-
 
 # ---- experts as one product
 

@@ -303,3 +303,14 @@ def test_steps_left_out_are_counted_over_a_resume(train, tmp_path):
     file.write_text(json.dumps(commit.sealed(json.loads(file.read_text()) | {"skipped_steps": 5})))
     assert train("run")[6]["skipped_steps"] == 5
     assert _manifest(tmp_path / "run", 6)["skipped_steps"] == 5
+
+
+def test_a_field_that_the_configuration_has_gained_stops_no_resume(train, tmp_path):
+    """A checkpoint of an older version does not name it: then it must have the class's own value."""
+    train("run", "train.steps=3")
+    (manifest,) = (tmp_path / "run").glob("checkpoints/step-*/manifest.json")
+    tree = json.loads(manifest.read_text())
+    del tree["model_config"]["segment_length"]
+    manifest.write_text(json.dumps(commit.sealed(tree)))
+    train("run", "model.config.segment_length=7", expect=78)
+    train("run")

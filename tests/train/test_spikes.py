@@ -156,3 +156,13 @@ def test_earlier_windows_stay_out_when_the_run_goes_back_behind_them(tmp_path):
     _spike(watch, (44, 45, 46))
     back = s.plan_roll_back(watch, tmp_path, now, _read(order), BATCH)
     assert back.order.skipped == ((25 * BATCH, 27 * BATCH), (44 * BATCH, 48 * BATCH))
+
+
+def test_what_was_seen_before_the_data_changed_is_not_taken_back():
+    """A run that resumed with other data at step 100 goes back to that checkpoint, whose manifest holds the old losses."""
+    watch = s.Spikes(6.0, since=100)
+    done = {"step": 105, "attempt": 1, "start": 0, "stop": 8}
+    watch.back_to(100, {"losses": [9.0] * 40, "suspects": [], "since": 0}, done)
+    assert (watch.since, watch.losses, watch.rollbacks) == (100, [], [done])
+    watch.back_to(110, {"losses": [2.0], "suspects": [], "since": 100}, done)
+    assert (watch.since, watch.losses) == (100, [2.0])

@@ -29,7 +29,7 @@ from megatron_steel.recipe import load_recipe
 from megatron_steel.train import engine as engines
 from megatron_steel.train import loop, state
 
-FIELDS = {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 17,
+FIELDS = {"FFN_type": "raw", "mlp_div_ratio": 1, "vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 17,
           "num_attention_heads": 8, "num_key_value_heads": 8}  # fmt: skip
 
 
