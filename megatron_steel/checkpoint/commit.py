@@ -4,7 +4,7 @@
 2. Each rank syncs and hashes what it wrote: no other machine can sync it, and here it still is in memory.
 3. Rank 0 writes `manifest.json` (size and SHA-256 of every file, and what the run needs to go on), syncs it,
    and renames the folder to `step-N`. Before the rename there is no checkpoint, after it there is a whole one.
-4. `prune` deletes old ones, only once the new one is whole.
+4. `hide_old` and `delete` remove old ones, only once the new one is whole.
 5. `newest_whole` scans the folder, newest first, and verifies; no pointer file is trusted.
 
 Knows nothing of what the files hold: DeepSpeed's part is passed in as a function.
@@ -193,26 +193,31 @@ def _damaged(path: Path, what: str) -> SteelError:
     return SteelError(f"the checkpoint is damaged: {what}", path, "use another checkpoint")
 
 
-def prune(folder: Path, keep_last: int, newest: int, keep_every: int | None = None) -> list[Path]:
-    """Delete what is older than the last `keep_last` (at least two) checkpoints up to step `newest`; return it.
+def hide_old(folder: Path, keep_last: int, newest: int, keep_every: int | None = None) -> list[Path]:
+    """Rename what is older than the last `keep_last` (at least two) checkpoints up to step `newest` out of sight.
 
-    Rank 0 only. Leftovers of crashes go too; steps that `keep_every` divides stay. `newest` is the step just written:
-    folders of later steps are damaged ones that were passed over and must not count as kept, nor does one that has
-    lost a file. A folder is renamed out of sight first, so that a kill in mid-delete leaves no half. What cannot be
-    deleted stays, with a warning.
+    Returns what is to be deleted: these, and what crashes left. Steps that `keep_every` divides stay. Rank 0 only.
+    `newest` is the step just written: folders of later steps are damaged ones that were passed over and must not count
+    as kept, nor does one that has lost a file. A kill before or in mid-delete leaves no half under a final name.
     """
     upto = [path for path in published(folder) if _step_of(path) <= newest]
     kept = [path for path in upto if _is_measured(path)][-max(2, keep_last) :]
     old = [path for path in upto if kept and _step_of(path) < _step_of(kept[0])]
-    doomed = [path for path in old if not keep_every or _step_of(path) % keep_every]
     try:
-        for path in doomed:
+        for path in (path for path in old if not keep_every or _step_of(path) % keep_every):
             os.replace(path, path.with_name(f".{path.name}.deleted"))
-        for leftover in folder.glob(".step-*"):
-            shutil.rmtree(leftover)
     except OSError as error:
         dist.log.warning("an old checkpoint could not be deleted: %s", error)
-    return doomed
+    return sorted(folder.glob(".step-*"))
+
+
+def delete(hidden: Iterable[Path]) -> None:
+    """Delete folders; one that cannot be deleted stays, with a warning."""
+    for path in hidden:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            dist.log.warning("an old checkpoint could not be deleted: %s", error)
 
 
 def discard_after(folder: Path, step: int) -> None:

@@ -94,12 +94,16 @@ def test_a_failed_write_leaves_nothing_under_a_final_name(tmp_path):
     assert commit.newest_whole(tmp_path)[0].step == 2
 
 
+def _prune(*arguments, **named):
+    commit.delete(commit.hide_old(*arguments, **named))
+
+
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     path = _write(tmp_path, 3)
     (path / "engine/shard.pt").unlink()
     _write(tmp_path, 3)
     assert commit.newest_whole(tmp_path)[0].step == 3
-    commit.prune(tmp_path, 2, newest=3)
+    _prune(tmp_path, 2, newest=3)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
 
@@ -107,7 +111,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
 def test_prune_keeps_the_newest_and_never_fewer_than_two(keep, left, tmp_path):
     for step in range(1, 6):
         _write(tmp_path, step)
-    commit.prune(tmp_path, keep, newest=5)
+    _prune(tmp_path, keep, newest=5)
     assert [int(p.name[5:]) for p in commit.published(tmp_path)] == left
     assert not list(tmp_path.glob(".*"))
 
@@ -126,7 +130,7 @@ def test_prune_never_counts_damaged_checkpoints_of_later_steps(tmp_path):
     assert commit.newest_whole(tmp_path)[0].step == 3
     for step in (4, 5):
         _write(tmp_path, step)
-        commit.prune(tmp_path, 2, newest=step)
+        _prune(tmp_path, 2, newest=step)
         assert commit.newest_whole(tmp_path)[0].step == step
     assert [int(p.name[5:]) for p in commit.published(tmp_path)] == [4, 5, 6, 9]
 
@@ -157,7 +161,7 @@ def test_a_full_disk_in_torch_save_is_named(tmp_path, monkeypatch):
 def test_every_nth_is_never_deleted(tmp_path):
     for step in range(1, 12):
         _write(tmp_path, step)
-        commit.prune(tmp_path, 2, newest=step, keep_every=3)
+        _prune(tmp_path, 2, newest=step, keep_every=3)
     assert [int(p.name[5:]) for p in commit.published(tmp_path)] == [3, 6, 9, 10, 11]
 
 
@@ -166,11 +170,11 @@ def test_one_that_has_lost_something_is_not_counted_as_kept(kind, tmp_path):
     for step in (1, 2, 3):
         _write(tmp_path, step)
     DAMAGE[kind][0](tmp_path / commit.name_of(2))
-    commit.prune(tmp_path, 2, newest=3)
+    _prune(tmp_path, 2, newest=3)
     whole = [path for path in commit.published(tmp_path) if commit._is_measured(path)]
     assert [int(p.name[5:]) for p in whole] == [1, 3]
     _write(tmp_path, 4)
-    commit.prune(tmp_path, 2, newest=4)
+    _prune(tmp_path, 2, newest=4)
     assert [int(p.name[5:]) for p in commit.published(tmp_path)] == [3, 4]
 
 

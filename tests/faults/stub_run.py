@@ -243,7 +243,9 @@ def run(job):
 
     def save(step, tokens):
         progress = state.Progress(step, tokens, loader.state.to_json())
-        return state.save(engine, folder / "checkpoints", progress, {"parameters": 1}, [], *keep)
+        path = state.save(engine, folder / "checkpoints", progress, {"parameters": 1}, [], *keep)
+        state.wait_until_tidy()  # so that its operations are counted, too, and in one order
+        return path
 
     saves = state.Saves(save)
     with Loader(dataset, order, BATCH, 2, rank, dist.world_size()) as loader:

@@ -4,8 +4,9 @@
 
 Both save the same engine (a Steel model in fp32 with AdamW's moments) onto the same disk, in turn, each first in every
 second pair: `plain` is `engine.save_checkpoint` and then an fsync by every rank of what it wrote and of the folders;
-`ours` is `train.state.save`: written aside, synced, hashed, manifest, rename, pruned. Before each the disk is idle
-(sync). A time runs from when all ranks are ready until the last one is done, which is what training waits for.
+`ours` is `train.state.save`: written aside, synced, hashed, manifest, rename, old ones renamed out of sight (a thread
+deletes them). Before each the disk is idle (deleted, synced). A time runs from when all ranks are ready until the last
+one is done, which is what training waits for.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def main() -> None:
     try:
         result = measure(engine, names, folder, asked.pairs)
     finally:
+        state.wait_until_tidy()
         dist.barrier()
         if dist.is_main():
             shutil.rmtree(folder)
@@ -97,6 +99,7 @@ def measure(engine: Any, names: list[list[str]], folder: Path, pairs: int) -> di
     for pair in range(pairs + 1):
         row = {}
         for name in sorted(saves, reverse=bool(pair % 2)):
+            state.wait_until_tidy()
             if dist.is_main():
                 shutil.rmtree(folder / "plain", ignore_errors=True)
             os.sync()
