@@ -53,7 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(404, b"", {})
 
-    do_HEAD = do_GET
+    def do_HEAD(self):
+        self.do_GET()
 
     def _info(self, repository, revision):
         files = self.server.repositories.get(repository)

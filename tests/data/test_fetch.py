@@ -27,16 +27,36 @@ def mirror():
         yield server
 
 
-def run(mirror, folder, *options, source="skypile", expect=0, **environment):
-    command = [sys.executable, "-m", "megatron_steel.cli", "prepare", source, "--fetch", str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=surroundings(mirror, **environment))
+def run(mirror, folder, *options, expect=0):
+    """The command as a user gives it, in a process of its own."""
+    done = subprocess.run(command(folder, *options), capture_output=True, text=True, timeout=120, env=around(mirror))
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
 
-def surroundings(mirror, **more):
+def command(folder, *options):
+    return [sys.executable, "-m", "megatron_steel.cli", "prepare", "skypile", "--fetch", str(folder), *options]
+
+
+def around(mirror):
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    return {**inherited, "HF_ENDPOINT": mirror.url, "HF_HOME": "/nonexistent", **more}
+    return {**inherited, "HF_ENDPOINT": mirror.url, "HF_HOME": "/nonexistent"}
+
+
+@pytest.fixture
+def verb(mirror, capsys, monkeypatch, tmp_path):
+    """verb(*words): prepare ... in this process, which has read HF_ENDPOINT long ago. Returns what was printed."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", mirror.url)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+
+    def call(*words, expect=0):
+        assert cli.main(["prepare", *map(str, words)]) == expect
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    return call
 
 
 def manifest(folder):
@@ -76,8 +96,7 @@ def test_a_killed_download_goes_on_in_the_middle_of_its_file(mirror, tmp_path):
     large = mirror.repositories[REPOSITORY][name] = random.Random(9).randbytes(23 << 20)
     mirror.stall_after = 21 << 20  # the library writes 10 MB at a time
     part = folder / f"{name}.part"
-    command = [sys.executable, "-m", "megatron_steel.cli", "prepare", "skypile", "--fetch", str(folder)]
-    child = subprocess.Popen(command, env=surroundings(mirror), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(command(folder), env=around(mirror), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: part.is_file() and part.stat().st_size == 20 << 20)
     finally:
@@ -92,41 +111,39 @@ def test_a_killed_download_goes_on_in_the_middle_of_its_file(mirror, tmp_path):
     assert not list(folder.rglob("*.part"))
 
 
-def test_a_sample_is_whole_files_up_to_its_size_and_may_grow(mirror, tmp_path):
+def test_a_sample_is_whole_files_up_to_its_size_and_may_grow(mirror, verb, tmp_path):
     folder = tmp_path / "raw"
-    done = run(mirror, folder, "--sample", "300KB")
-    assert "; now 400.0 kB in 2 files" in done.stdout
+    assert "; now 400.0 kB in 2 files" in verb("skypile", "--fetch", folder, "--sample", "300KB")
     assert sorted(entry["name"] for entry in manifest(folder)["files"]) == ["data/part-0.jsonl", "data/part-1.jsonl"]
     mirror.asked.clear()
     mirror.revision = "b" * 40  # the repository moved on, and this folder does not
-    done = run(mirror, folder, "--sample", "500KB", expect=78)
-    assert "the hub did not give it" in done.stderr
+    assert "the hub did not give it" in verb("skypile", "--fetch", folder, "--sample", "500KB", expect=78)
     mirror.revision = "a" * 40
-    run(mirror, folder, "--sample", "500KB")
+    verb("skypile", "--fetch", folder, "--sample", "500KB")
     assert [name for _, name, _ in mirror.asked] == ["data/part-2.jsonl"]
 
 
-def test_a_gate_is_named_with_where_to_agree(mirror, tmp_path):
+def test_a_gate_is_named_with_where_to_agree(mirror, verb, tmp_path, monkeypatch):
     mirror.gated, mirror.token = "auto", "hf_secret"
-    done = run(mirror, tmp_path / "raw", expect=78)
-    assert "gate:    its terms must be agreed to there first" in done.stdout
-    assert f"agree to its terms at {mirror.url}/datasets/{REPOSITORY}" in done.stderr
-    run(mirror, tmp_path / "raw", HF_TOKEN="hf_secret")
+    said = verb("skypile", "--fetch", tmp_path / "raw", expect=78)
+    assert "gate:    its terms must be agreed to there first" in said
+    assert f"agree to its terms at {mirror.url}/datasets/{REPOSITORY}" in said
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    verb("skypile", "--fetch", tmp_path / "raw")
     assert (tmp_path / "raw/data/part-0.jsonl").read_bytes() == FILES["data/part-0.jsonl"]
 
 
-def test_a_file_that_is_not_what_the_hub_lists_is_refused(mirror, tmp_path):
+def test_a_file_that_is_not_what_the_hub_lists_is_refused(mirror, verb, tmp_path):
     mirror.wrong.add("data/part-1.jsonl")
-    done = run(mirror, tmp_path / "raw", expect=78)
-    assert "the hub says 200001 and" in done.stderr
+    assert "the hub says 200001 and" in verb("skypile", "--fetch", tmp_path / "raw", expect=78)
     assert not (tmp_path / "raw/data/part-1.jsonl").exists()
     assert "data/part-1.jsonl" not in {entry["name"] for entry in manifest(tmp_path / "raw")["files"]}
 
 
-def test_what_a_user_may_get_wrong(mirror, tmp_path, capsys, monkeypatch):
+def test_what_a_user_may_get_wrong(mirror, verb, tmp_path, monkeypatch):
     folder = tmp_path / "raw"
-    run(mirror, folder, "--sample", "1KB")
-    assert "the folder holds skypile" in run(mirror, folder, source="wiki-cn", expect=78).stderr
+    verb("skypile", "--fetch", folder, "--sample", "1KB")
+    assert "the folder holds skypile" in verb("wiki-cn", "--fetch", folder, expect=78)
     for words, says in (
         (["baidu-qa", "--fetch", "x"], "aistudio.baidu.com"),
         (["text", "--fetch", "x"], "files of your own"),
@@ -136,8 +153,7 @@ def test_what_a_user_may_get_wrong(mirror, tmp_path, capsys, monkeypatch):
         (["skypile", "a.jsonl", "--fetch", "x"], "prepare SOURCE --fetch DIR"),
         (["skypile"], "prepare SOURCE --fetch DIR"),
     ):
-        assert cli.main(["prepare", *words]) == 78
-        assert says in capsys.readouterr().err
+        assert says in verb(*words, expect=78)
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     with pytest.raises(SteelError, match="not installed") as caught:
         room.fetch("skypile", tmp_path / "m", "modelscope")
