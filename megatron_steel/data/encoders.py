@@ -1,7 +1,7 @@
 """Many texts to ids: gigatoken where it has proved equal to the tokenizer, else the tokenizer itself.
 
 `choose` decides once for a job, in the parent: it compares the two on `PROBES` and on the first documents of the
-input, and says in one line which is used and why. Its `Choice` travels to the workers, and each opens an `Encoder`.
+input, and says in one line which is used and why. The `Choice` travels to the workers, and each opens an `Encoder`.
 The ids are the same either way, so the choice changes nothing but the time. Must not know files or data sets.
 """
 
@@ -54,13 +54,11 @@ class Choice:
 class Encoder:
     """Callable on a list of texts, gives `Ids` (nothing added at either end). Has the choice's attributes."""
 
-    def __init__(self, choice: Choice):
+    def __init__(self, choice: Choice, encode: Callable[[list[str]], Ids] | None = None):
         self.choice, self.vocab_size, self.eos_id = choice, choice.vocab_size, choice.eos_id
-        self._encode: Callable[[list[str]], Ids]
-        if choice.name == "gigatoken":
-            self._encode = _Gigatoken(choice.source)
-        else:
-            self._encode = _plain(load_tokenizer(choice.source))
+        if encode is None and choice.name == "gigatoken":
+            encode = _Gigatoken(choice.source)
+        self._encode = encode or _plain(load_tokenizer(choice.source))
         self._is_special = np.zeros(choice.vocab_size, bool)
         self._is_special[list(choice.special_ids)] = True
 
@@ -78,44 +76,46 @@ class Encoder:
         return len(np.unique(np.searchsorted(np.cumsum(lengths), found, side="right")))
 
 
-def choose(tokenizer: Tokenizer, path: str, documents: Sequence[str]) -> Choice:
+def choose(tokenizer: Tokenizer, path: str, documents: Sequence[str]) -> Encoder:
     """The fastest encoder that gives the tokenizer's own ids on `PROBES` and on `documents`; logs which and why."""
-    name, source = tokenizer.kind, path
     written_out = [f"a{word}b {word}{word}\n {word} {word[:-1]}" for word in tokenizer.special]
     texts = [*PROBES, *_MORE_PROBES, *written_out, *documents]
-    why = _why_not(tokenizer, texts)
-    if why:
-        log.info("encoder: %s (gigatoken is not used: %s)", name, why)
-    else:
-        name, source = "gigatoken", tokenizer.serialized()
-        log.info("encoder: gigatoken (equal to the tokenizer on %d probes and the first %d documents)",
-                 len(texts) - len(documents), len(documents))  # fmt: skip
-    return Choice(name, source, tokenizer.vocab_size, tokenizer.eos_id, tuple(sorted(set(tokenizer.special.values()))))
-
-
-def _why_not(tokenizer: Tokenizer, texts: list[str]) -> str:
-    """Why gigatoken cannot stand in for the tokenizer; empty where it can."""
-    if not tokenizer.serialized():
-        return "it reads Hugging Face's fast tokenizers only"
-    if importlib.util.find_spec("gigatoken") is None:
-        return "it is not installed"
+    facts = tokenizer.vocab_size, tokenizer.eos_id, tuple(sorted(set(tokenizer.special.values())))
+    plain, source = _plain(tokenizer), tokenizer.serialized()
     try:
-        ids, lengths = _Gigatoken(tokenizer.serialized())(texts)
+        fast = _proven(source, plain, texts)
+    except _NotUsed as why:
+        log.info("encoder: %s (gigatoken is not used: %s)", tokenizer.kind, why)
+        return Encoder(Choice(tokenizer.kind, path, *facts), plain)
+    log.info("encoder: gigatoken (equal to the tokenizer on %d probes and the first %d documents)",
+             len(texts) - len(documents), len(documents))  # fmt: skip
+    return Encoder(Choice("gigatoken", source, *facts), fast)
+
+
+class _NotUsed(Exception):  # noqa: N818  (it says why)
+    """Why gigatoken cannot stand in for a tokenizer."""
+
+
+def _proven(source: str, plain: Callable[[list[str]], Ids], texts: list[str]) -> "_Gigatoken":
+    if not source:
+        raise _NotUsed("it reads Hugging Face's fast tokenizers only")
+    if importlib.util.find_spec("gigatoken") is None:
+        raise _NotUsed("it is not installed")
+    try:
+        fast = _Gigatoken(source)
+        found = fast(texts)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
-        return f"it cannot read this tokenizer: {str(error).splitlines()[0][:200]}"
-    theirs, counts = _plain(tokenizer)(texts)
-    if not np.array_equal(lengths, counts) or not np.array_equal(ids, theirs):
-        ends = itertools.pairwise([0, *np.cumsum(lengths).tolist()])
-        own = itertools.pairwise([0, *np.cumsum(counts).tolist()])
-        wrong = [
-            i
-            for i, ((a, b), (c, d)) in enumerate(zip(ends, own, strict=True))
-            if not np.array_equal(ids[a:b], theirs[c:d])
-        ]
-        return f"it gives other ids on {len(wrong)} of {len(texts)} texts, first on {texts[wrong[0]][:40]!r}"
-    return ""
+        raise _NotUsed(f"it cannot read this tokenizer: {str(error).splitlines()[0][:200]}") from None
+    wrong = [i for i, (mine, its) in enumerate(zip(_split(found), _split(plain(texts)), strict=True)) if mine != its]
+    if wrong:
+        raise _NotUsed(f"it gives other ids on {len(wrong)} of {len(texts)} texts, first on {texts[wrong[0]][:40]!r}")
+    return fast
+
+
+def _split(found: Ids) -> list[list[int]]:
+    return [part.tolist() for part in np.split(found[0], np.cumsum(found[1])[:-1])]
 
 
 def _plain(tokenizer: Tokenizer) -> Callable[[list[str]], Ids]:

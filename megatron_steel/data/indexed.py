@@ -392,12 +392,12 @@ class IndexedWriter:
         self.tokens += memoryview(raw).nbytes // self.dtype.itemsize
 
     def add_sequences(self, lengths: npt.NDArray[Any]) -> None:
-        self._files["idx"].write(lengths.astype(_LENGTH).tobytes())
+        self._files["idx"].write(np.ascontiguousarray(lengths, _LENGTH).data)
         self.sequences += len(lengths)
 
     def add_boundaries(self, ends: npt.NDArray[Any]) -> None:
         """Close a document after the sequence numbers `ends`."""
-        self._files["documents"].write(ends.astype(_OFFSET).tobytes())
+        self._files["documents"].write(np.ascontiguousarray(ends, _OFFSET).data)
         self.documents += len(ends)
 
     def note_max(self, token_id: int, document: int) -> None:
@@ -446,7 +446,7 @@ class IndexedWriter:
             lengths = np.frombuffer(idx.read(count * _LENGTH.itemsize), _LENGTH).astype(np.int64)
             ends = np.cumsum(lengths * self.dtype.itemsize) + at
             idx.seek(0, os.SEEK_END)
-            idx.write((ends - lengths * self.dtype.itemsize).astype(_OFFSET).tobytes())
+            idx.write(np.ascontiguousarray(ends - lengths * self.dtype.itemsize, _OFFSET).data)
             at = int(ends[-1])
         documents.seek(0)
         idx.seek(0, os.SEEK_END)

@@ -35,7 +35,7 @@ from megatron_steel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_steel.errors import SteelError
 
 log = logging.getLogger("megatron_steel")
-_LEAST_UNIT_BYTES, _MOST_UNITS = 4 << 20, 2048
+_LEAST_UNIT_BYTES, _MOST_UNITS = 16 << 20, 2048
 _HOPELESS_ROWS = 10
 _NAMED_PROBLEMS = 5
 _SECONDS_BETWEEN_LINES = 10.0
@@ -76,13 +76,13 @@ def tokenize(
     tokenizer = load_tokenizer(tokenizer_path)
     bundles = _bundles(inputs)
     units = [unit for bundle in bundles for unit in bundle]
-    choice = encoders.choose(tokenizer, os.path.abspath(tokenizer_path), _first_documents(units, text_key))
+    encoder = encoders.choose(tokenizer, os.path.abspath(tokenizer_path), _first_documents(units, text_key))
     job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio)
     try:
         with reserved(output_prefix):
-            _open_folder(job, units, [tokenizer.fingerprint, choice.name])
+            _open_folder(job, units, [tokenizer.fingerprint, encoder.choice.name])
             try:
-                made = _make_parts(job, bundles, workers or _cpus(), choice, max_malformed_ratio)
+                made = _make_parts(job, bundles, workers or _cpus(), encoder, max_malformed_ratio)
                 result = _publish(job, units, made, tokenizer, output_prefix, seed if shuffle else None)
             except (parallel.WorkerDied, Busy):  # the finished parts stay for the next try
                 raise
@@ -163,7 +163,7 @@ def _make_parts(
     job: parts.Job,
     bundles: Sequence[list[readers.Unit]],
     workers: int,
-    choice: encoders.Choice,
+    encoder: encoders.Encoder,
     max_malformed_ratio: float,
 ) -> list[list[parts.Outcome]]:
     """The outcomes of every bundle, in order. Raises SteelError where too many rows are malformed."""
@@ -173,10 +173,9 @@ def _make_parts(
     todo = [(i, bundle, job) for i, bundle in enumerate(bundles) if i not in found]
     results: Generator[list[parts.Outcome], None, None]
     if min(workers, len(todo)) > 1:
-        results = parallel.in_order(parts.make, todo, min(workers, len(todo)), encoders.Encoder, choice)
+        results = parallel.in_order(parts.make, todo, min(workers, len(todo)), encoders.Encoder, encoder.choice)
     else:
-        encoder = encoders.Encoder(choice) if todo else None
-        results = (parts.make(item, encoder) for item in todo if encoder)
+        results = (parts.make(item, encoder) for item in todo)
     progress = _Progress(sum(unit.size for _, bundle, _ in todo for unit in bundle))
     report = _Report(job.text_key, max_malformed_ratio)
     made = []

@@ -1,6 +1,7 @@
 """The fast encoder against the tokenizer it stands in for; what happens where they differ."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -45,7 +46,7 @@ def byte_level(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(byte_level):
-    return encoders.Encoder(chosen(byte_level)), load_tokenizer(byte_level)
+    return chosen(byte_level), load_tokenizer(byte_level)
 
 
 def chosen(folder, documents=()):
@@ -53,15 +54,18 @@ def chosen(folder, documents=()):
 
 
 def listed(ids, lengths):
-    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+    ends = np.cumsum(lengths)
+    return [ids[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]
 
 
 @gigatoken
 def test_gigatoken_is_chosen_and_gives_the_tokenizers_ids(byte_level):
-    choice = chosen(byte_level, ["document <|im_end|>"])
+    choice = chosen(byte_level, ["document <|im_end|>"]).choice
     assert choice.name == "gigatoken"
     texts = ["", *PROBES, *encoders._MORE_PROBES, ""]
-    assert listed(*encoders.Encoder(choice)(texts)) == load_tokenizer(byte_level).encode_batch(texts)
+    assert listed(*encoders.Encoder(pickle.loads(pickle.dumps(choice)))(texts)) == load_tokenizer(
+        byte_level
+    ).encode_batch(texts)
 
 
 @gigatoken
@@ -79,7 +83,7 @@ def test_any_texts(pair, texts):
 
 @gigatoken
 def test_its_memory_of_words_may_be_dropped_at_any_time(byte_level, monkeypatch):
-    encoder = encoders.Encoder(chosen(byte_level))
+    encoder = chosen(byte_level)
     before = listed(*encoder(list(PROBES)))
     monkeypatch.setattr(encoders, "_CACHE_BYTES", -(1 << 60))
     assert listed(*encoder(list(PROBES))) == before
@@ -88,7 +92,7 @@ def test_its_memory_of_words_may_be_dropped_at_any_time(byte_level, monkeypatch)
 def test_the_tokenizer_itself_where_gigatoken_cannot_read_it(tiny_tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(encoders.log, "propagate", True)
     with caplog.at_level("INFO"):
-        choice = chosen(tiny_tokenizer, ["w3"])
+        choice = chosen(tiny_tokenizer, ["w3"]).choice
     assert (choice.name, choice.source) == ("transformers", str(tiny_tokenizer))
     assert "encoder: transformers (gigatoken is not used: " in caplog.text
     assert listed(*encoders.Encoder(choice)(["w3 w4", "", "w5"])) == [[3, 4], [], [5]]
@@ -108,24 +112,24 @@ def test_one_other_id_in_the_first_documents_is_enough_to_refuse_it(byte_level, 
 
     monkeypatch.setattr(encoders._Gigatoken, "__call__", wrong)
     with caplog.at_level("INFO"):
-        assert chosen(byte_level, ["fine", "the culprit"]).name == "transformers"
-        assert chosen(byte_level, ["fine"]).name == "gigatoken"
+        assert chosen(byte_level, ["fine", "the culprit"]).choice.name == "transformers"
+        assert chosen(byte_level, ["fine"]).choice.name == "gigatoken"
     assert "first on 'the culprit'" in caplog.text
 
 
 def test_without_gigatoken(byte_level, monkeypatch):
     monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
-    assert chosen(byte_level).name == "transformers"
+    assert chosen(byte_level).choice.name == "transformers"
 
 
 def test_special_strings(byte_level):
-    encoder = encoders.Encoder(chosen(byte_level))
+    encoder = chosen(byte_level)
     texts = ["", "a", "<|im_end|>", "x<|im_start|>y<|im_end|>", "<|im_end |>", "", "<|endoftext|><|endoftext|>"]
     assert encoder.special(*encoder(texts)) == 3
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(tiny_tokenizer):
-    choice = chosen(tiny_tokenizer)
+    choice = chosen(tiny_tokenizer).choice
     small = encoders.Choice(choice.name, choice.source, 5, 1, ())
     with pytest.raises(SteelError, match="gives id 100, but its vocabulary ends at 4"):
         encoders.Encoder(small)(["w3 w100"])
@@ -147,4 +151,4 @@ def test_an_added_token_beyond_a_small_vocabulary_widens_the_dtype(tmp_path, tin
 @pytest.mark.shared
 @gigatoken
 def test_qwen(shared_data):
-    assert chosen(shared_data / "qwen_tokenizer").name == "gigatoken"
+    assert chosen(shared_data / "qwen_tokenizer").choice.name == "gigatoken"

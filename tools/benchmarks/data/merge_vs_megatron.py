@@ -35,9 +35,7 @@ def index():
     with IndexedWriter(folder / "ours-index", np.uint16) as writer:
         writer.add_sequences(lengths)
         writer.add_boundaries(np.arange(1, len(lengths) + 1))
-        began = time.perf_counter()
-        writer.add_tokens(np.zeros(1, np.uint16).tobytes())  # a data set without a token is none
-    return None
+        writer.add_tokens(bytes(2))  # a data set without a token is none
 def merging():
     merge(parts, folder / "ours")
 jobs = {"index": index, "merge": merging}
@@ -135,16 +133,16 @@ def measure(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     print("commands", flush=True)
     million = f"{asked.documents / 1e6:g} million documents"
     results = [peers.compared(f"`merge_datasets.py`, {million}", peers.alternating(asked.pairs, ours, theirs), ">= 10")]
-    with Server(asked.megatron_python.absolute(), THEIRS, folder, asked.megatron.resolve()) as their_calls:
-        with Server(sys.executable, OURS, folder, peers.ROOT) as our_calls:
-            for name, what in (("merge", "the same without start-up"), ("index", f"`_IndexWriter`, {million}")):
-                print(what, flush=True)
-                our_calls.ask(name)
-                their_calls.ask(name)
-                rows = peers.alternating(
-                    asked.pairs, lambda n=name: our_calls.ask(n), lambda n=name: their_calls.ask(n)
-                )
-                results.append(peers.compared(what, rows, ">= 10"))
+    with (
+        Server(asked.megatron_python.absolute(), THEIRS, folder, asked.megatron.resolve()) as their_calls,
+        Server(sys.executable, OURS, folder, peers.ROOT) as our_calls,
+    ):
+        for name, what in (("merge", "the same without start-up"), ("index", f"`_IndexWriter`, {million}")):
+            print(what, flush=True)
+            our_calls.ask(name)
+            their_calls.ask(name)
+            rows = peers.alternating(asked.pairs, lambda n=name: our_calls.ask(n), lambda n=name: their_calls.ask(n))
+            results.append(peers.compared(what, rows, ">= 10"))
     check_index(folder)
     return results
 
