@@ -199,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
                    help="share of documents for PREFIX-validation, chosen by content (default: 0)")  # fmt: skip
     p.add_argument("--max-malformed-ratio", type=float, default=0.001, metavar="R",
                    help="fail where more than this share of the rows is malformed (default: 0.001)")  # fmt: skip
+    p.add_argument("--shuffle", action="store_true", help="permute the documents, for corpora that lie sorted")
+    p.add_argument("--seed", type=int, default=0, help="which permutation (default: 0)")
 
     p = verb(train_tokenizer, "train a sentencepiece BPE tokenizer and write it as a Hugging Face folder")
     p.add_argument("inputs", nargs="+", metavar="INPUT")

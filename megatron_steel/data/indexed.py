@@ -209,7 +209,7 @@ class IndexedDataset:
         """The tokens of document `number` (from 0), the file's dtype."""
         if not 0 <= number < self.documents:
             raise IndexError(f"document {number} of {self.documents}")
-        start, stop = self._document_starts(number, number + 2)
+        start, stop = self.document_starts(number, number + 2)
         return self.read(int(start), int(stop))
 
     def document_of(self, position: int) -> int:
@@ -225,7 +225,7 @@ class IndexedDataset:
         number, width = self.document_of(start) + 1, 64
         found = []
         while number <= self.documents:
-            starts = self._document_starts(number, min(number + width, self.documents + 1))
+            starts = self.document_starts(number, min(number + width, self.documents + 1))
             found.append(starts[starts < stop])
             if starts[-1] >= stop:
                 break
@@ -233,7 +233,7 @@ class IndexedDataset:
         return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
     def _document_start(self, number: int) -> int:
-        """As `_document_starts` for one document, without arrays: the inner step of every search."""
+        """As `document_starts` for one document, without arrays: the inner step of every search."""
         (sequence,) = _I64.unpack(self._pread("idx", 8, self._documents_at + number * 8))
         if sequence == self.sequences:
             return self.tokens
@@ -244,7 +244,7 @@ class IndexedDataset:
             raise self._broken(f"sequence {sequence} begins at byte {at} of {self.bin_bytes}")
         return int(at) // self.dtype.itemsize
 
-    def _document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+    def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Stream positions at which the documents [start, stop) begin; entry `documents` is the end of the stream."""
         first = self.boundaries(start, stop)
         low, high = int(first[0]), int(first[-1])
@@ -362,36 +362,42 @@ class IndexedWriter:
         Raises SteelError where an id is negative or does not fit the dtype.
         """
         tokens = np.asarray(ids)
-        if tokens.size == 0:
-            return self.end_document()
-        if tokens.dtype.kind not in "iu":
+        if tokens.size and tokens.dtype.kind not in "iu":
             raise ValueError(f"token ids are integers, not {tokens.dtype}")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high > self._limits.max:
-            bad = low if low < 0 else high
-            what = f"document {self.documents} (counted from 0) holds token id {bad}, outside 0 to {self._limits.max}"
-            raise SteelError(what, self.prefix, "use the tokenizer's real vocabulary size for the dtype")
-        self.note_max(high, self.documents)
-        self.add_tokens(tokens.astype(self.dtype).tobytes())
-        self.add_sequences(np.array([tokens.size], _LENGTH))
-        self.end_document()
+        self.add_documents(tokens, np.array([tokens.size]))
 
-    def end_document(self) -> None:
-        self.add_boundaries(np.array([self.sequences], _OFFSET))
+    def add_documents(self, ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+        """As `add_document` for many: their ids one after another, and how many each document has."""
+        ends = np.cumsum(lengths)
+        if ids.size:
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high > self._limits.max:
+                bad = low if low < 0 else high
+                document = self.documents + int(np.searchsorted(ends, ids.tolist().index(bad), side="right"))
+                what = f"document {document} (counted from 0) holds token id {bad}, outside 0 to {self._limits.max}"
+                raise SteelError(what, self.prefix, "use the tokenizer's real vocabulary size for the dtype")
+            if high > self.max_id:
+                at = int(ids.argmax())
+                self.note_max(high, self.documents + int(np.searchsorted(ends, at, side="right")))
+            self.add_tokens(np.ascontiguousarray(ids, self.dtype).data)
+        filled = lengths > 0
+        before = self.sequences
+        self.add_sequences(lengths[filled])
+        self.add_boundaries(before + np.cumsum(filled))
 
-    def add_tokens(self, raw: bytes) -> None:
+    def add_tokens(self, raw: bytes | memoryview) -> None:
         """Append bytes of whole tokens to `.bin`."""
         self._files["bin"].write(raw)
         self._sha.update(raw)
-        self.tokens += len(raw) // self.dtype.itemsize
+        self.tokens += memoryview(raw).nbytes // self.dtype.itemsize
 
     def add_sequences(self, lengths: npt.NDArray[Any]) -> None:
-        self._files["idx"].write(lengths.astype(_LENGTH).tobytes())
+        self._files["idx"].write(np.ascontiguousarray(lengths, _LENGTH).data)
         self.sequences += len(lengths)
 
     def add_boundaries(self, ends: npt.NDArray[Any]) -> None:
         """Close a document after the sequence numbers `ends`."""
-        self._files["documents"].write(ends.astype(_OFFSET).tobytes())
+        self._files["documents"].write(np.ascontiguousarray(ends, _OFFSET).data)
         self.documents += len(ends)
 
     def note_max(self, token_id: int, document: int) -> None:
@@ -440,7 +446,7 @@ class IndexedWriter:
             lengths = np.frombuffer(idx.read(count * _LENGTH.itemsize), _LENGTH).astype(np.int64)
             ends = np.cumsum(lengths * self.dtype.itemsize) + at
             idx.seek(0, os.SEEK_END)
-            idx.write((ends - lengths * self.dtype.itemsize).astype(_OFFSET).tobytes())
+            idx.write(np.ascontiguousarray(ends - lengths * self.dtype.itemsize, _OFFSET).data)
             at = int(ends[-1])
         documents.seek(0)
         idx.seek(0, os.SEEK_END)

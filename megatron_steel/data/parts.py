@@ -11,10 +11,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_steel.data import readers
+from megatron_steel.data.encoders import Encoder
 from megatron_steel.data.indexed import IndexedDataset, IndexedWriter, best_dtype
-from megatron_steel.data.tokenizer import Tokenizer
 from megatron_steel.errors import SteelError
 
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 512
@@ -29,6 +33,8 @@ class Outcome:
     rows: int = 0
     empty: int = 0
     malformed: int = 0
+    special: int = 0
+    """Documents that hold a special string of the tokenizer, written out."""
     numbered: int = 0
     """The last row number of the unit: where the numbers of the file's next unit start from."""
     training: int = 0
@@ -47,24 +53,57 @@ class Job:
     validation_ratio: float
 
 
-def make(item: tuple[int, list[readers.Unit], Job], tokenizer: Tokenizer) -> list[Outcome]:
+def make(item: tuple[int, list[readers.Unit], Job], encoder: Encoder) -> list[Outcome]:
     """Tokenize bundle number `item[0]` into its part. Raises SteelError: a file is broken; OSError: the disk."""
     number, bundle, job = item
-    outcomes, dtype = [Outcome() for _ in bundle], best_dtype(tokenizer.vocab_size)
+    outcomes, dtype = [Outcome() for _ in bundle], best_dtype(encoder.vocab_size)
     with contextlib.ExitStack() as stack:
         writers: dict[str, IndexedWriter] = {}
         for outcome, texts in _batches(bundle, job, outcomes):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                kind = _kind(text, job.validation_ratio)
+            ids, lengths = encoder(texts)
+            outcome.special += encoder.special(ids, lengths)
+            outcome.empty += int(np.count_nonzero(lengths == 0))  # there is text, but nothing that the tokenizer keeps
+            for kind, chosen in _sides(texts, lengths, job.validation_ratio):
                 if kind not in writers:
                     writers[kind] = stack.enter_context(IndexedWriter(prefix(job, number, kind), dtype))
-                writers[kind].add_document([*ids, tokenizer.eos_id])
-                setattr(outcome, kind, getattr(outcome, kind) + 1)
+                writers[kind].add_documents(*_ended(ids, lengths, chosen, encoder.eos_id, dtype))
+                setattr(outcome, kind, getattr(outcome, kind) + int(np.count_nonzero(chosen)))
     report = _report(job, number)
     aside = report.with_suffix(".partial")
     aside.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
     os.replace(aside, report)
     return outcomes
+
+
+def _sides(
+    texts: list[str], lengths: npt.NDArray[np.int64], validation_ratio: float
+) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """Which of the texts that have ids are for training and which for validation; a side without any is left out."""
+    filled = lengths > 0
+    held = np.zeros(len(texts), bool)
+    if validation_ratio:
+        held = np.array([_held_out(text, validation_ratio) for text in texts], bool)
+    for kind, chosen in (("training", filled & ~held), ("validation", filled & held)):
+        if chosen.any():
+            yield kind, chosen
+
+
+def _ended(
+    ids: npt.NDArray[Any],
+    lengths: npt.NDArray[np.int64],
+    chosen: npt.NDArray[np.bool_],
+    eos_id: int,
+    dtype: npt.DTypeLike,
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The chosen documents' ids, each with the end of document behind its last, and their new lengths."""
+    if not chosen.all():
+        ids, lengths = ids[np.repeat(chosen, lengths)], lengths[chosen]
+    ends = np.cumsum(lengths + 1) - 1
+    is_text = np.ones(len(ids) + len(lengths), bool)
+    is_text[ends] = False
+    out = np.empty(len(is_text), dtype)
+    out[is_text], out[ends] = ids, eos_id
+    return out, lengths + 1
 
 
 def finished(job: Job, number: int) -> list[Outcome] | None:
@@ -109,7 +148,8 @@ def _batches(bundle: list[readers.Unit], job: Job, outcomes: list[Outcome]) -> I
             if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
                 yield outcome, texts
                 texts, characters = [], 0
-        yield outcome, texts
+        if texts:
+            yield outcome, texts
 
 
 def _count(row: readers.Row, outcome: Outcome) -> None:
@@ -122,8 +162,6 @@ def _count(row: readers.Row, outcome: Outcome) -> None:
             outcome.problems.append((row.number, row.problem))
 
 
-def _kind(text: str, validation_ratio: float) -> str:
-    if not validation_ratio:
-        return "training"
+def _held_out(text: str, validation_ratio: float) -> bool:
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-    return "validation" if draw < validation_ratio * 2**64 else "training"
+    return draw < validation_ratio * 2**64

@@ -11,7 +11,8 @@ cipher; the round function is the finaliser of splitmix64. This is for shuffling
 """
 
 import hashlib
-from typing import TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -43,27 +44,41 @@ def permute(index: Index, size: int, key: int) -> Index:
     Raises:
         IndexError: an index lies outside the range.
     """
+    return _walked(index, size, _round_keys(key), _feistel)
+
+
+def unpermute(index: Index, size: int, key: int) -> Index:
+    """The inverse: what `permute` sends to `index`. Arguments, result and errors as there."""
+    return _walked(index, size, _round_keys(key)[::-1], _unfeistel)
+
+
+def _round_keys(key: int) -> list[int]:
+    return [_mix((key + i * _GOLDEN) & _WORD) for i in range(1, _ROUNDS + 1)]
+
+
+def _walked(index: Index, size: int, round_keys: list[int], network: Callable[..., Any]) -> Index:
     if not 1 <= size <= _LARGEST:
         raise IndexError(f"no permutation of {size} numbers")
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    round_keys = [_mix((key + i * _GOLDEN) & _WORD) for i in range(1, _ROUNDS + 1)]
     if isinstance(index, np.ndarray):
-        return cast(Index, _permute_array(index, size, half, round_keys))
+        return cast(Index, _walked_array(index, size, half, round_keys, network))
     if not 0 <= index < size:
         raise IndexError(f"{index} is not in range({size})")
-    number = _feistel(int(index), half, round_keys)
+    number = network(int(index), half, round_keys)
     while number >= size:
-        number = _feistel(number, half, round_keys)
+        number = network(number, half, round_keys)
     return cast(Index, number)
 
 
-def _permute_array(index: np.ndarray, size: int, half: int, round_keys: list[int]) -> np.ndarray:
+def _walked_array(
+    index: np.ndarray, size: int, half: int, round_keys: list[int], network: Callable[..., Any]
+) -> np.ndarray:
     if index.size and not (index.min() >= 0 and index.max() < size):
         raise IndexError(f"an index is not in range({size})")
-    numbers = _feistel(index.astype(np.uint64).reshape(-1), half, round_keys)
+    numbers = network(index.astype(np.uint64).reshape(-1), half, round_keys)
     outside = np.flatnonzero(numbers >= size)
     while outside.size:
-        numbers[outside] = _feistel(numbers[outside], half, round_keys)
+        numbers[outside] = network(numbers[outside], half, round_keys)
         outside = outside[numbers[outside] >= size]
     return numbers.astype(np.int64).reshape(index.shape)
 
@@ -74,6 +89,15 @@ def _feistel(number: Index, half: int, round_keys: list[int]) -> Index:
     left, right = number >> half, number & low
     for round_key in round_keys:
         left, right = right, left ^ (_mix(right ^ round_key) & low)
+    return (left << half) | right
+
+
+def _unfeistel(number: Index, half: int, round_keys: list[int]) -> Index:
+    """Undo `_feistel`, given its round keys from the last to the first."""
+    low = (1 << half) - 1
+    left, right = number >> half, number & low
+    for round_key in round_keys:
+        left, right = right ^ (_mix(left ^ round_key) & low), left
     return (left << half) | right
 
 

@@ -1,19 +1,21 @@
 """Input files to `.bin`/`.idx`, in parallel, restartable, the same bytes whatever the number of workers.
 
-1. Every input is cut into units (`data.readers`); a bundle of them becomes a part (`data.parts`) in `PREFIX.parts/`.
+1. The encoder is chosen (`data.encoders`), and every input is cut into units (`data.readers`); a bundle of them
+   becomes a part (`data.parts`) in `PREFIX.parts/`.
 2. Worker processes (`data.parallel`) take bundle after bundle; only a few numbers travel between processes, so memory is
    one batch of documents a worker.
-3. The parts are joined in the order of the input, manifests are written, `PREFIX.parts/` goes. Until then the disk
-   holds the tokens twice.
+3. The parts are joined in the order of the input, or permuted (`data.shuffle`), manifests are written, `PREFIX.parts/`
+   goes. Until then the disk holds the tokens twice, three times where they are permuted.
 
 Rules: a document that has text gets the end-of-document id exactly once, after its last id. Empty documents (no
-character, or null) are counted and skipped, so that there is one sequence a document. Malformed rows are counted,
-skipped and named; too many fail the job. A killed job leaves `PREFIX.parts/` alone, and the same command on the same
-input uses the parts that were finished. Must not know the byte format.
+character, null, or nothing that the tokenizer keeps) are counted and skipped, so that there is one sequence a document.
+Malformed rows are counted, skipped and named; too many fail the job. A killed job leaves `PREFIX.parts/` alone, and the
+same command on the same input uses the parts that were finished. Must not know the byte format.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -24,18 +26,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_steel.data import manifest, parallel, parts, readers
+from megatron_steel.data import encoders, manifest, parallel, parts, readers
 from megatron_steel.data.indexed import Busy, PathLike, bin_path, idx_path, reserved
 from megatron_steel.data.merge import concatenate
+from megatron_steel.data.permutation import key_of
+from megatron_steel.data.shuffle import shuffled
 from megatron_steel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_steel.errors import SteelError
 
 log = logging.getLogger("megatron_steel")
-_LEAST_UNIT_BYTES, _MOST_UNITS = 4 << 20, 2048
+_LEAST_UNIT_BYTES, _MOST_UNITS = 16 << 20, 2048
 _HOPELESS_ROWS = 10
 _NAMED_PROBLEMS = 5
 _SECONDS_BETWEEN_LINES = 10.0
-_LAYOUT = 1  # of a parts folder and of what decides its bytes; another number makes leftovers useless
+_FIRST_FILES, _FIRST_DOCUMENTS, _FIRST_CHARACTERS = 32, 64, 400_000  # on which encoders are compared
+_LAYOUT = 2  # of a parts folder and of what decides its bytes; another number makes leftovers useless
 
 
 def tokenize(
@@ -46,6 +51,8 @@ def tokenize(
     workers: int | None = None,
     validation_ratio: float = 0.0,
     max_malformed_ratio: float = 0.001,
+    shuffle: bool = False,
+    seed: int = 0,
 ) -> manifest.Manifest:
     """Tokenize files into `output_prefix` and return its manifest. A data set of that name is replaced at the end.
 
@@ -58,6 +65,8 @@ def tokenize(
             text decides and nothing else does, so equal texts lie on one side.
         max_malformed_ratio: fail when more than this share of all rows is malformed; at once when a unit holds ten
             malformed rows or more and no other.
+        shuffle: permute the documents; document j of the output is document `permute(j, N, key)` of the input order,
+            where the key is `shuffle_key(seed, "training")` (or "validation") and N counts the documents of that side.
 
     Raises:
         SteelError: bad argument, input or tokenizer; too many malformed rows; no text; another process makes the
@@ -67,13 +76,14 @@ def tokenize(
     tokenizer = load_tokenizer(tokenizer_path)
     bundles = _bundles(inputs)
     units = [unit for bundle in bundles for unit in bundle]
+    encoder = encoders.choose(tokenizer, os.path.abspath(tokenizer_path), _first_documents(units, text_key))
     job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio)
     try:
         with reserved(output_prefix):
-            _open_folder(job, units, tokenizer)
+            _open_folder(job, units, [tokenizer.fingerprint, encoder.choice.name])
             try:
-                made = _make_parts(job, bundles, workers or _cpus(), tokenizer, tokenizer_path, max_malformed_ratio)
-                result = _publish(job, units, made, tokenizer, output_prefix)
+                made = _make_parts(job, bundles, workers or _cpus(), encoder, max_malformed_ratio)
+                result = _publish(job, units, made, tokenizer, output_prefix, seed if shuffle else None)
             except (parallel.WorkerDied, Busy):  # the finished parts stay for the next try
                 raise
             except SteelError:
@@ -122,11 +132,25 @@ def _bundles(inputs: Sequence[PathLike]) -> list[list[readers.Unit]]:
     return bundles
 
 
-def _open_folder(job: parts.Job, units: Sequence[readers.Unit], tokenizer: Tokenizer) -> None:
+def _first_documents(units: Sequence[readers.Unit], text_key: str) -> list[str]:
+    """The beginnings of the first documents of the first files, for the choice of the encoder."""
+    firsts = {unit.path: unit for unit in reversed(units)}
+    paths = list(dict.fromkeys(unit.path for unit in units))[:_FIRST_FILES]
+    documents = []
+    for path in paths:
+        room = _FIRST_CHARACTERS // len(paths)
+        for row in itertools.islice(readers.rows(firsts[path], text_key), _FIRST_DOCUMENTS):
+            if row.text and room > 0:
+                documents.append(row.text[:room])
+                room -= len(row.text)
+    return documents
+
+
+def _open_folder(job: parts.Job, units: Sequence[readers.Unit], encoding: list[str]) -> None:
     """Keep an earlier attempt's parts where they belong to the very same job; otherwise start empty."""
     times = [os.stat(path).st_mtime_ns for path in dict.fromkeys(unit.path for unit in units)]
     paths = [asdict(unit) | {"path": os.path.abspath(unit.path)} for unit in units]
-    whole = [_LAYOUT, _LEAST_UNIT_BYTES, paths, times, tokenizer.fingerprint, job.text_key, job.validation_ratio]
+    whole = [_LAYOUT, _LEAST_UNIT_BYTES, paths, times, *encoding, job.text_key, job.validation_ratio]
     fingerprint = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     mark = Path(job.folder, "job")
     if not mark.is_file() or mark.read_text() != fingerprint:
@@ -139,8 +163,7 @@ def _make_parts(
     job: parts.Job,
     bundles: Sequence[list[readers.Unit]],
     workers: int,
-    tokenizer: Tokenizer,
-    tokenizer_path: PathLike,
+    encoder: encoders.Encoder,
     max_malformed_ratio: float,
 ) -> list[list[parts.Outcome]]:
     """The outcomes of every bundle, in order. Raises SteelError where too many rows are malformed."""
@@ -149,11 +172,10 @@ def _make_parts(
         log.info("%d of %d parts of an earlier attempt are used again", len(found), len(bundles))
     todo = [(i, bundle, job) for i, bundle in enumerate(bundles) if i not in found]
     results: Generator[list[parts.Outcome], None, None]
-    if min(workers, len(todo)) <= 1:
-        results = (parts.make(item, tokenizer) for item in todo)
+    if min(workers, len(todo)) > 1:
+        results = parallel.in_order(parts.make, todo, min(workers, len(todo)), encoders.Encoder, encoder.choice)
     else:
-        path = os.path.abspath(tokenizer_path)
-        results = parallel.in_order(parts.make, todo, min(workers, len(todo)), load_tokenizer, path)
+        results = (parts.make(item, encoder) for item in todo)
     progress = _Progress(sum(unit.size for _, bundle, _ in todo for unit in bundle))
     report = _Report(job.text_key, max_malformed_ratio)
     made = []
@@ -174,7 +196,7 @@ class _Report:
 
     def __init__(self, text_key: str, limit: float):
         self._text_key, self._limit = text_key, limit
-        self._rows = self._empty = self._malformed = 0
+        self._rows = self._empty = self._malformed = self._special = 0
         self._named: list[str] = []
         self._numbered: dict[str, int] = {}
 
@@ -182,7 +204,7 @@ class _Report:
         before = self._numbered.get(unit.path, 0)
         self._numbered[unit.path] = before + outcome.numbered
         self._rows, self._empty = self._rows + outcome.rows, self._empty + outcome.empty
-        self._malformed += outcome.malformed
+        self._malformed, self._special = self._malformed + outcome.malformed, self._special + outcome.special
         for number, problem in outcome.problems[: _NAMED_PROBLEMS - len(self._named)]:
             self._named.append(f"{unit.path}:{before + number}")
             log.warning("malformed row skipped: %s: %s", self._named[-1], problem)
@@ -194,7 +216,8 @@ class _Report:
             raise self._too_many(
                 f"{self._malformed} of {self._rows} rows are malformed, more than {self._limit:.2%}; the first are named"
             )
-        log.info("%d rows: %d empty and %d malformed ones skipped", self._rows, self._empty, self._malformed)
+        log.info("%d rows: %d empty and %d malformed ones skipped; %d hold a special string of the tokenizer, written out",
+                 self._rows, self._empty, self._malformed, self._special)  # fmt: skip
 
     def _too_many(self, what: str) -> SteelError:
         key = f"name the key that holds the text (--text-key; now {self._text_key!r})"
@@ -208,7 +231,9 @@ def _publish(
     made: Sequence[list[parts.Outcome]],
     tokenizer: Tokenizer,
     output: PathLike,
+    seed: int | None,
 ) -> manifest.Manifest:
+    """Join the parts, permuted where there is a seed. Raises SteelError where a side has no document."""
     outcomes = [outcome for bundle in made for outcome in bundle]
     targets = {"training": os.fspath(output)}
     if job.validation_ratio:
@@ -221,20 +246,32 @@ def _publish(
     results = {}
     for kind, target in targets.items():
         joined = [parts.prefix(job, i, kind) for i, bundle in enumerate(made) if parts.documents(bundle, kind)]
-        facts = concatenate(joined, target)
-        results[kind] = manifest.write(target, facts, tokenizer.facts(), _provenance(units, outcomes, kind))
+        if seed is None:
+            facts = concatenate(joined, target)
+        else:
+            facts = shuffled(joined, target, shuffle_key(seed, kind), Path(job.folder, "shuffle"))
+        results[kind] = manifest.write(target, facts, tokenizer.facts(), _provenance(units, outcomes, kind, seed))
         log.info("%s: %d documents, %d tokens of %s", target, facts.documents, facts.tokens, facts.dtype)
     return results["training"]
 
 
-def _provenance(units: Sequence[readers.Unit], outcomes: Sequence[parts.Outcome], kind: str) -> list[dict[str, Any]]:
-    """One entry a file, without its folder: sizes and what became of its rows."""
+def shuffle_key(seed: int, kind: str) -> int:
+    """The key of the permutation of one side's documents."""
+    return key_of("shuffle", seed, kind)
+
+
+def _provenance(
+    units: Sequence[readers.Unit], outcomes: Sequence[parts.Outcome], kind: str, seed: int | None
+) -> list[dict[str, Any]]:
+    """One entry a file, without its folder: sizes, what became of its rows, and the seed where they were permuted."""
     files: dict[str, dict[str, Any]] = {}
+    counted = ("rows", "empty", "malformed", "special")
     for unit, outcome in zip(units, outcomes, strict=True):
-        new = {"name": Path(unit.path).name, "bytes": os.path.getsize(unit.path)}
-        entry = files.setdefault(unit.path, new | dict.fromkeys(("rows", "documents", "empty", "malformed"), 0))
+        new: dict[str, Any] = {"name": Path(unit.path).name, "bytes": os.path.getsize(unit.path)}
+        new |= {} if seed is None else {"shuffled": seed}
+        entry = files.setdefault(unit.path, new | dict.fromkeys(("documents", *counted), 0))
         entry["documents"] += getattr(outcome, kind)
-        for key in ("rows", "empty", "malformed"):
+        for key in counted:
             entry[key] += getattr(outcome, key)
     return list(files.values())
 

@@ -1,8 +1,9 @@
 """Tokenizers: a Hugging Face folder or a sentencepiece model, behind one small face.
 
-The fast encoder is used only after it has given the ids of the plain one on a set of awkward texts. Special tokens
+A faster call is used only after it has given the ids of the plain one on a set of awkward texts. Special tokens
 written out in a text become their ids with a Hugging Face folder (chat data relies on it) and stay ordinary text with
-a sentencepiece model. Loads local files only. Must not know data files or formats; training one is `train_tokenizer`.
+a sentencepiece model. Loads local files only. Must not know data files or formats; training one is `train_tokenizer`,
+encoding a corpus is `encoders`.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ PROBES = (
     "𠮷野家 龘靐齉齾 ㍿ <s>[INST]<|im|><0x0A>",
     *("", " ", "\n", "a\n\n b\n\n\n", "aaaaaaaaaaa" + " " * 33 + "=" * 65),
 )
-"""Texts on which encoders are compared."""
+"""Texts on which encoders are compared. Fingerprints hold their ids: another text here is another fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Tokenizer:
     encode_batch: Encode
     """Ids of each text, nothing added at either end."""
     decode: Callable[[Sequence[int]], str]
+    kind: str = "transformers"
+    """or sentencepiece"""
+    special: dict[str, int] = field(default_factory=dict)
+    """The special strings that become one id where a text holds them written out, and that id."""
+    serialized: Callable[[], str] = str
+    """The text of its tokenizer.json; empty where it is none of Hugging Face's fast tokenizers."""
 
     def facts(self) -> dict[str, Any]:
         """For a manifest: name, vocab_size, eos_id, fingerprint."""
@@ -92,6 +99,8 @@ def _from_folder(path: Path) -> Tokenizer:
         return str(hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     pieces = sorted(vocab.items(), key=lambda item: (item[1], item[0]))
+    added = {str(token): i for i, token in hf.added_tokens_decoder.items() if token.special and i != hf.unk_token_id}
+    backend: Any = getattr(hf, "backend_tokenizer", None)
     return Tokenizer(
         name=path.resolve().name,
         vocab_size=max(vocab.values()) + 1,
@@ -99,6 +108,8 @@ def _from_folder(path: Path) -> Tokenizer:
         fingerprint=_fingerprint(pieces, hf.eos_token_id, encode),
         encode_batch=encode,
         decode=decode,
+        special=added,
+        serialized=(lambda: str(backend.to_str())) if hasattr(backend, "to_str") else str,
     )
 
 
@@ -151,6 +162,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
         fingerprint=_fingerprint(pieces, model.eos_id(), encode),
         encode_batch=encode,
         decode=decode,
+        kind="sentencepiece",
     )
 
 

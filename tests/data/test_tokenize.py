@@ -18,11 +18,12 @@ import zstandard
 from processes import session, wait_for
 
 from megatron_steel import cli
-from megatron_steel.data import parts, readers
+from megatron_steel.data import parts, readers, shuffle
 from megatron_steel.data import tokenize as room
 from megatron_steel.data.indexed import Busy, IndexedDataset
 from megatron_steel.data.manifest import load, trust, verify
 from megatron_steel.data.parallel import WorkerDied
+from megatron_steel.data.permutation import permute
 from megatron_steel.data.tokenize import tokenize
 from megatron_steel.errors import SteelError
 
@@ -403,6 +404,113 @@ def test_the_same_command_twice_at_once(tmp_path, tiny_tokenizer):
     assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.manifest.json"}
     tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1)
     assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+def numbered(path, count=3000):
+    """A jsonl file whose document i is known by its two words."""
+    path.write_bytes(lines([f"w{3 + i % 100} w{3 + i // 100} " + "w4 " * (i % 9) for i in range(count)]))
+    return path
+
+
+def test_shuffle_is_the_stated_permutation_whatever_the_parts_and_workers(tmp_path, tiny_tokenizer, monkeypatch):
+    source, ratio = numbered(tmp_path / "a.jsonl"), 0.1
+    tokenize([source], tiny_tokenizer, tmp_path / "plain", workers=1, validation_ratio=ratio)
+    tokenize([source], tiny_tokenizer, tmp_path / "one", workers=1, validation_ratio=ratio, shuffle=True, seed=7)
+    monkeypatch.setattr(room, "_LEAST_UNIT_BYTES", 10_000)
+    monkeypatch.setattr(shuffle, "_BUCKET_BYTES", 2_000)
+    monkeypatch.setattr(shuffle, "_PIECE_TOKENS", 500)
+    made = tokenize([source], tiny_tokenizer, tmp_path / "two", workers=2, validation_ratio=ratio, shuffle=True, seed=7)
+    for suffix, kind in (("", "training"), ("-validation", "validation")):
+        plain = documents(tmp_path / f"plain{suffix}")
+        places = permute(np.arange(len(plain)), len(plain), room.shuffle_key(7, kind)).tolist()
+        assert documents(tmp_path / f"two{suffix}") == [plain[i] for i in places] != plain
+        assert content(tmp_path / f"one{suffix}") == content(tmp_path / f"two{suffix}")
+    assert [entry["shuffled"] for entry in made.provenance] == [7]
+    assert verify(tmp_path / "two").documents == made.documents
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_another_seed_is_another_order(tmp_path, tiny_tokenizer):
+    source = numbered(tmp_path / "a.jsonl", 200)
+    command = ["tokenize", str(source), "--tokenizer", str(tiny_tokenizer), "--workers", "1", "--shuffle"]
+    for seed in ("0", "1"):
+        assert cli.main([*command, "--seed", seed, "--output", str(tmp_path / seed)]) == 0
+    zero, one = documents(tmp_path / "0"), documents(tmp_path / "1")
+    assert zero != one
+    assert sorted(zero) == sorted(one)
+
+
+def test_a_stopped_shuffle_begins_again_from_the_parts(tmp_path, tiny_tokenizer, small_units, monkeypatch):
+    source, whole = numbered(tmp_path / "a.jsonl"), shuffle._gather_bucket
+    monkeypatch.setattr(shuffle, "_BUCKET_BYTES", 2_000)
+    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1, shuffle=True)
+
+    def stops(writer, scratch, bucket, dtype):
+        if bucket == 3:
+            raise KeyboardInterrupt
+        whole(writer, scratch, bucket, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shuffle, "_gather_bucket", stops)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, shuffle=True)
+    assert not list(tmp_path.glob("out.[bim]*"))
+    monkeypatch.setattr(parts, "make", lambda item, encoder: pytest.fail("a finished part was made again"))
+    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, shuffle=True)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+def test_rows_that_hold_a_special_string_are_counted(tmp_path, tiny_tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(room.log, "propagate", True)
+    texts = ["w3", "w4 <|im_end|> w5 <|im_end|>", "no such word", "<|endoftext|> w6", "<|im_end", "w7 <|im_end|>"]
+    (tmp_path / "a.jsonl").write_bytes(lines(texts))
+    with caplog.at_level("INFO"):
+        result = tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert result.provenance[0]["special"] == 3
+    assert "3 hold a special string of the tokenizer" in caplog.text
+    assert documents(tmp_path / "out")[1] == [4, EOS, 5, EOS, EOS]
+
+
+def test_a_text_of_which_the_tokenizer_keeps_nothing_is_empty(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines(["w3", " \n ", "w4"]))
+    result = tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert documents(tmp_path / "out") == [[3, EOS], [4, EOS]]
+    assert [result.provenance[0][key] for key in ("rows", "documents", "empty")] == [3, 2, 1]
+
+
+def test_awkward_rows_keep_their_text_to_the_byte(tmp_path, tiny_tokenizer):
+    """CRLF, NUL, NaN beside it, deep nesting beside it, a mark inside: the text is what JSON says, or the row is named."""
+    deep = b'{"text": "w5", "x": ' + b"[" * 300 + b"]" * 300 + b"}"
+    rows = [
+        b'{"text": "w3\\r\\n\\u0000 w4"}\r',
+        b'{"text": "w4", "x": NaN, "y": -Infinity}',
+        deep,
+        b'{"text": "\xef\xbb\xbfw6"}',
+    ]
+    rows += [b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", b'{"text": "w7"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+    result = tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1, max_malformed_ratio=0.5)
+    assert [result.provenance[0][key] for key in ("rows", "documents", "malformed")] == [6, 5, 1]
+    found = [row.text for unit in readers.units(tmp_path / "a.jsonl", 1 << 20) for row in readers.rows(unit, "text")]
+    assert found == ["w3\r\n\0 w4", "w4", "w5", "\ufeffw6", None, "w7"]
+
+
+def test_a_file_that_is_not_what_its_name_says(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.jsonl.gz").write_bytes(lines(["w3"]))
+    with pytest.raises(SteelError, match="cannot be read: Not a gzipped file") as caught:
+        tokenize([tmp_path / "a.jsonl.gz"], tiny_tokenizer, tmp_path / "out", workers=1)
+    assert caught.value.where.endswith("a.jsonl.gz")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl.gz"]
+
+
+def test_a_document_of_50_mb(tmp_path, tiny_tokenizer):
+    words = 50_000
+    (tmp_path / "a.jsonl").write_bytes(lines(["w3", ("w45" + " " * 997) * words, "w4"]))
+    result = tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1)
+    data = IndexedDataset(tmp_path / "out")
+    assert data.lengths(0, 3).tolist() == [2, words + 1, 2]
+    assert (result.tokens, result.documents) == (words + 5, 3)
+    assert data.document(1).tolist() == [45] * words + [EOS]
 
 
 @pytest.mark.shared
