@@ -201,9 +201,11 @@ class IndexedDataset:
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
-        size = self.dtype.itemsize
-        raw = self._pread("bin", (stop - start) * size, start * size)
-        return np.frombuffer(raw, self.dtype).copy()
+        tokens = np.empty(stop - start, self.dtype)
+        if os.preadv(self._bin_fd, [tokens], start * self.dtype.itemsize) < tokens.nbytes:  # as a rule it gives all
+            raw = self._pread("bin", tokens.nbytes, start * self.dtype.itemsize)
+            tokens = np.frombuffer(raw, self.dtype).copy()
+        return tokens
 
     def document(self, number: int) -> npt.NDArray[Any]:
         """The tokens of document `number` (from 0), the file's dtype."""

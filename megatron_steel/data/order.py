@@ -128,8 +128,9 @@ class OrderState:
             raise IndexError(f"sample {sample} is not planned")
         segment = self._segment(sample)
         digest, epoch, draw = segment.draw(sample)
-        block = permute(draw, segment.blocks(digest), key_of("block", self.seed, digest, epoch))
-        offset = key_of("offset", self.seed, digest, epoch) % segment.sequence_length
+        block_key, offset_key = _keys(self.seed, digest, epoch)
+        block = permute(draw, segment.blocks(digest), block_key)
+        offset = offset_key % segment.sequence_length
         return Place(digest, epoch, offset + block * segment.sequence_length, segment.sequence_length)
 
     def drawn_before(self, sample: int) -> Drawn:
@@ -177,6 +178,12 @@ class OrderState:
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; `order_json.from_json` reads them back."""
         return dataclasses.asdict(self)
+
+
+@functools.lru_cache(maxsize=4096)
+def _keys(seed: int, digest: str, epoch: int) -> tuple[int, int]:
+    """Of the order of a data set's blocks in an epoch, and of where they are cut."""
+    return key_of("block", seed, digest, epoch), key_of("offset", seed, digest, epoch)
 
 
 def next_batch(state: OrderState, count: int) -> tuple[np.ndarray, OrderState]:

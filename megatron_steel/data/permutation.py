@@ -5,11 +5,12 @@
    network is a bijection whatever its round function is; numbers that land outside the range go through again
    ("cycle walking", fewer than four times on average), which keeps it a bijection on the range.
 
-Cost: about 12 microseconds for an int; memory that of the argument. Knows nothing of tokens or samples.
+Cost: about 6 microseconds for an int; memory that of the argument. Knows nothing of tokens or samples.
 Source of the construction: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002), the cycle-walking
 cipher; the round function is the finaliser of splitmix64. This is for shuffling, not for secrets.
 """
 
+import functools
 import hashlib
 from typing import TypeVar, cast
 
@@ -46,18 +47,24 @@ def permute(index: Index, size: int, key: int) -> Index:
     if not 1 <= size <= _LARGEST:
         raise IndexError(f"no permutation of {size} numbers")
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    round_keys = [_mix((key + i * _GOLDEN) & _WORD) for i in range(1, _ROUNDS + 1)]
+    round_keys = _round_keys(key)
     if isinstance(index, np.ndarray):
         return cast(Index, _permute_array(index, size, half, round_keys))
     if not 0 <= index < size:
         raise IndexError(f"{index} is not in range({size})")
-    number = _feistel(int(index), half, round_keys)
+    number = _feistel_int(int(index), half, round_keys)
     while number >= size:
-        number = _feistel(number, half, round_keys)
+        number = _feistel_int(number, half, round_keys)
     return cast(Index, number)
 
 
-def _permute_array(index: np.ndarray, size: int, half: int, round_keys: list[int]) -> np.ndarray:
+@functools.lru_cache(maxsize=4096)
+def _round_keys(key: int) -> tuple[int, ...]:
+    """One for each round; kept, because a data set's permutation stays for an epoch."""
+    return tuple(_mix((key + i * _GOLDEN) & _WORD) for i in range(1, _ROUNDS + 1))
+
+
+def _permute_array(index: np.ndarray, size: int, half: int, round_keys: tuple[int, ...]) -> np.ndarray:
     if index.size and not (index.min() >= 0 and index.max() < size):
         raise IndexError(f"an index is not in range({size})")
     numbers = _feistel(index.astype(np.uint64).reshape(-1), half, round_keys)
@@ -68,12 +75,24 @@ def _permute_array(index: np.ndarray, size: int, half: int, round_keys: list[int
     return numbers.astype(np.int64).reshape(index.shape)
 
 
-def _feistel(number: Index, half: int, round_keys: list[int]) -> Index:
+def _feistel(number: np.ndarray, half: int, round_keys: tuple[int, ...]) -> np.ndarray:
     """A bijection of range(4 ** half): each round keeps one half and shifts the other by a hash of it."""
     low = (1 << half) - 1
     left, right = number >> half, number & low
     for round_key in round_keys:
         left, right = right, left ^ (_mix(right ^ round_key) & low)
+    return (left << half) | right
+
+
+def _feistel_int(number: int, half: int, round_keys: tuple[int, ...]) -> int:
+    """`_feistel` of one int, with `_mix` written out: every sample of a run goes through here."""
+    low = (1 << half) - 1
+    left, right = number >> half, number & low
+    for round_key in round_keys:
+        x = right ^ round_key
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+        left, right = right, left ^ ((x ^ (x >> 31)) & low)
     return (left << half) | right
 
 
