@@ -66,10 +66,20 @@ def train_tokenizer(inputs: list[str], output: str, vocab_size: int) -> None:
 
 def verify(prefixes: list[str]) -> None:
     from megatron_steel.data.manifest import verify
+    from megatron_steel.errors import SteelError
 
+    problems = []
     for prefix in prefixes:
-        manifest = verify(prefix)
-        print(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+        try:
+            manifest = verify(prefix)
+            print(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens", flush=True)
+        except SteelError as problem:  # the others are looked at all the same
+            problems.append(problem)
+    if len(problems) > 1:
+        whats = "".join(f"\n    {problem.where}: {problem.what}" for problem in problems)
+        raise SteelError(f"{len(problems)} of {len(prefixes)} data sets fail:{whats}", "verify", problems[0].remedy)
+    if problems:
+        raise problems[0]
 
 
 def inspect(

@@ -78,7 +78,7 @@ def make_corpora(folder: Path, sizes: dict[str, int]) -> None:
             writer.add_document(ids)
     manifest.write(folder / "real", writer.facts)
     documents, tokens = sizes["open_documents"], sizes["open_tokens"]
-    cuts = np.sort(generator.choice(tokens - 1, documents - 1, replace=False) + 1) if documents < 10**6 else np.arange(1, documents) * (tokens // documents)  # fmt: skip
+    cuts = np.unique(generator.integers(1, tokens, documents - 1))  # a few fall together
     _sparse(folder / "open", tokens, np.diff(np.concatenate([[0], cuts, [tokens]])))
     for most in (10**9, sizes["most"]):
         _sparse(folder / f"sparse-{most}", most, None, documents=most // 1000)
