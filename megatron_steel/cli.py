@@ -58,10 +58,18 @@ def tokenize(inputs: list[str], **settings: Any) -> None:
     tokenize(inputs, **settings)
 
 
-def train_tokenizer(inputs: list[str], output: str, vocab_size: int) -> None:
+def train_tokenizer(inputs: list[str], output: str, vocab_size: int, compare: list[str]) -> None:
     from megatron_steel.data.train_tokenizer import train_tokenizer
 
-    train_tokenizer(inputs, output, vocab_size)
+    for path, figure in train_tokenizer(inputs, output, vocab_size, compare=compare).items():
+        print(f"{path}: {figure:.3f} characters per token on held-out text")
+
+
+def prune_tokenizer(source: str, prefixes: list[str], vocab_size: int, output: str) -> None:
+    from megatron_steel.data.prune_tokenizer import prune_tokenizer
+
+    share = prune_tokenizer(source, prefixes, vocab_size, output)
+    print(f"{output}: {vocab_size:,} ids; {share:.3%} of the data's tokens keep their id")
 
 
 def verify(prefixes: list[str]) -> None:
@@ -191,6 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("inputs", nargs="+", metavar="INPUT")
     p.add_argument("--output", required=True, metavar="DIR")
     p.add_argument("--vocab-size", type=int, required=True)
+    p.add_argument("--compare", nargs="*", default=[], metavar="DIR", help="measure these tokenizers on the same text")
+
+    p = verb(prune_tokenizer, "a tokenizer with fewer ids: those that tokenized data uses most")
+    p.add_argument("source", metavar="DIR")
+    p.add_argument("--data", dest="prefixes", nargs="+", required=True, metavar="PREFIX", help="what it tokenized")
+    p.add_argument("--vocab-size", type=int, required=True)
+    p.add_argument("--output", required=True, metavar="DIR")
 
     p = verb(verify, "read a data set from end to end and compare it with its manifest")
     p.add_argument("prefixes", nargs="+", metavar="PREFIX")

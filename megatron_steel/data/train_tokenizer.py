@@ -28,6 +28,7 @@ _SAMPLE_BYTES = 128 << 20  # text for the trainer: more changes little and takes
 _APART = "\n|" + "|".join(map(re.escape, (UNKNOWN, PAD, EOS, START)))  # control tokens must not become pieces
 _LINE_CHARACTERS = 1000  # the trainer skips long lines; Chinese ones are long
 _FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}  # all that is written, or replaced
+_HELD_OUT = 100  # every so many documents one is not trained on
 _NORMAL = 1  # a piece's type in a sentencepiece model
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -45,11 +46,16 @@ def train_tokenizer(
     output_dir: str | os.PathLike[str],
     vocab_size: int,
     text_key: str = "text",
-) -> None:
+    compare: Sequence[str | os.PathLike[str]] = (),
+) -> dict[str, float]:
     """Train on jsonl, json, parquet or text files (an even sample of at most 128 MB) and write `output_dir`.
 
     Args:
         vocab_size: ids in all, control tokens and 256 bytes included; exactly so many come out.
+        compare: other tokenizers, measured on the same held-out text.
+
+    Returns: characters per token of the new one and of each in `compare`, by path, on every 100th document, which is
+        held out of the training; empty where there are fewer documents.
 
     Raises:
         SteelError: an input cannot be read or holds no text, the vocabulary is too large for the text (naming the
@@ -57,8 +63,9 @@ def train_tokenizer(
     """
     output = Path(output_dir).resolve()
     _check_output(output)
+    others = {os.fspath(path): load_tokenizer(path) for path in compare}
     started = time.monotonic()
-    lines = _sample(inputs, text_key)
+    lines, held_out = _sample(inputs, text_key)
     model = _train(lines, vocab_size, output)
     aside = output.with_name(f"{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -70,6 +77,10 @@ def train_tokenizer(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     log.info("tokenizer of %d ids in %s (%.1f s)", vocab_size, output, time.monotonic() - started)
+    return {
+        path: sum(map(len, held_out)) / sum(map(len, tokenizer.encode_batch(held_out)))
+        for path, tokenizer in ({os.fspath(output_dir): load_tokenizer(output)} | others).items() if held_out
+    }  # fmt: skip
 
 
 def _check_output(output: Path) -> None:
@@ -96,14 +107,20 @@ def _put_in_place(aside: Path, output: Path) -> None:
         raise
 
 
-def _sample(inputs: Sequence[str | os.PathLike[str]], text_key: str) -> list[str]:
-    """Lines from every part of the input, in order, each part giving its share of the budget."""
+def _sample(inputs: Sequence[str | os.PathLike[str]], text_key: str) -> tuple[list[str], list[str]]:
+    """Lines from every part of the input, in order, each part giving its share of the budget; and held-out texts."""
     units = [unit for path in inputs for unit in readers.units(path, 16 << 20)]
     total = sum(unit.size for unit in units)
     lines: list[str] = []
+    held_out: list[str] = []
+    documents = 0
     for unit in units:
         left = _SAMPLE_BYTES * unit.size / max(1, total)
         for text in _texts(unit, text_key):
+            documents += 1
+            if documents % _HELD_OUT == 0:
+                held_out.append(text)
+                continue
             for line in re.split(_APART, text):
                 lines += [line[i : i + _LINE_CHARACTERS] for i in range(0, len(line), _LINE_CHARACTERS)]
             left -= len(text.encode())
@@ -112,7 +129,7 @@ def _sample(inputs: Sequence[str | os.PathLike[str]], text_key: str) -> list[str
     if not lines:
         what = "the input holds no text to train a tokenizer on"
         raise SteelError(what, ", ".join(map(str, inputs)), f"is the text under the key {text_key!r}?")
-    return lines
+    return lines, held_out
 
 
 def _texts(unit: readers.Unit, text_key: str) -> Iterator[str]:

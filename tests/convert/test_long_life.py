@@ -12,8 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from megatron_steel import cli
+from megatron_steel.data.prune_tokenizer import prune_tokenizer
+from megatron_steel.data.tokenize import tokenize
+from megatron_steel.data.tokenizer import load_tokenizer
+from megatron_steel.data.train_tokenizer import train_tokenizer
 from megatron_steel.model.modeling_steel import SteelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -93,3 +98,30 @@ def test_exports_load_write_and_save_without_this_package(python, exports, tmp_p
         if name != "v3":  # there each pass reads what earlier ones did not have
             assert row["cached"] <= 1e-5, name
             assert row["padded"], name
+
+
+TOKENIZER = """
+import json, sys
+from transformers import AutoTokenizer
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+chat = tokenizer.apply_chat_template([{"role": "user", "content": "钢铁"}], tokenize=False, add_generation_prompt=True)
+ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+print(json.dumps([ids, [tokenizer.decode(i) for i in ids], tokenizer.eos_token_id, chat]))
+"""
+
+
+def test_trained_and_pruned_tokenizers_give_the_same_ids(python, tmp_path):
+    text = "钢铁是怎样炼成的？The quick brown fox, 1984.\n\tdef f(x):\n"
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": text * 50}) + "\n")
+    train_tokenizer([tmp_path / "c.jsonl"], tmp_path / "trained", 330)
+    tokenize([tmp_path / "c.jsonl"], tmp_path / "trained", tmp_path / "c", workers=1)
+    prune_tokenizer(tmp_path / "trained", [tmp_path / "c"], 310, tmp_path / "pruned")
+    texts = [text, "<|im_start|>user\n𠮷野家<|im_end|>\n", "x  y"]
+    for name in ("trained", "pruned"):
+        ours, hf = load_tokenizer(tmp_path / name), AutoTokenizer.from_pretrained(tmp_path / name)
+        chat = hf.apply_chat_template([{"role": "user", "content": "钢铁"}], tokenize=False, add_generation_prompt=True)
+        done = subprocess.run([str(python), "-I", "-c", TOKENIZER, str(tmp_path / name), json.dumps(texts)],
+                              capture_output=True, text=True, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout) == [ours.encode_batch(texts), texts, ours.eos_id, chat]

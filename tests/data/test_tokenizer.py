@@ -40,6 +40,20 @@ def trained(tmp_path_factory):
     return folder / "t"
 
 
+def test_characters_per_token_on_text_that_was_not_trained_on(trained, tmp_path):
+    """Every 100th document is held out: the same tokenizer comes from a corpus without them."""
+    rows = corpus(tmp_path / "c.jsonl").read_text("utf-8").splitlines(keepends=True)
+    held_out = [json.loads(row)["text"] for row in rows[99::100]]
+    found = train_tokenizer([tmp_path / "c.jsonl"], tmp_path / "new", SIZE, compare=[trained])
+    ids = load_tokenizer(trained).encode_batch(held_out)
+    figure = sum(map(len, held_out)) / sum(map(len, ids))
+    assert found == {str(tmp_path / "new"): figure, str(trained): figure}
+    rows[99::100] = ['{"text": "完全另外的话 zzz"}\n'] * 3
+    (tmp_path / "other.jsonl").write_text("".join(rows), "utf-8")
+    train_tokenizer([tmp_path / "other.jsonl"], tmp_path / "other", SIZE)
+    assert (tmp_path / "other/tokenizer.json").read_bytes() == (tmp_path / "new/tokenizer.json").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def pair(trained):
     return load_tokenizer(trained), sentencepiece.SentencePieceProcessor(model_file=str(trained / "tokenizer.model"))

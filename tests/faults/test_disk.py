@@ -188,7 +188,7 @@ def curve_of_straight(stub, **job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "limit"), [("zero3.json", 40_000), ("zero1.json", 100_000)])
+@pytest.mark.parametrize(("stage", "limit"), [("zero3.json", 40_000), ("zero0.json", 40_000)])
 def test_deepspeed_on_two_ranks(tiny_recipe, launch, metrics, tmp_path, stage, limit):
     """Both ranks, or one alone, cannot write: nobody waits for the other for ever, and all leave with 78."""
     import resource
@@ -200,7 +200,7 @@ def test_deepspeed_on_two_ranks(tiny_recipe, launch, metrics, tmp_path, stage, l
     launch(2, *arguments, "train.steps=2", "schedule.name=constant")
     sizes = {p.name: p.stat().st_size for p in (run / "checkpoints/step-00000002/engine").iterdir()}
     large = sorted(name for name, size in sizes.items() if size > limit)
-    assert len(large) == (2 if stage == "zero3.json" else 1), sizes
+    assert len(large) == (2 if stage == "zero3.json" else 1), sizes  # without sharding one file, by rank 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
