@@ -1,13 +1,14 @@
 """`inspect RUN --step N` shows what the trainer got: through an append, other batches, and samples passed over."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import yaml
 
-from megatron_steel import cli, inspect_run
+from megatron_steel import cli, inspect_run, preflight
 from megatron_steel.data import loader as loaders
 from megatron_steel.data.indexed import IndexedDataset, IndexedWriter
 from megatron_steel.data.order import next_batch
@@ -218,6 +219,33 @@ def test_data_that_has_changed_since_is_named(folder, corpora):
     with pytest.raises(SteelError, match="content of the data has changed since the step") as caught:
         inspect_run.look(run, 1)
     assert caught.value.where == corpora["old"] + ".bin"
+
+
+def test_a_data_set_that_the_recipe_no_longer_names_is_found(folder, corpora):
+    """Checkpoints carry on what the run drew from earlier."""
+    from megatron_steel.checkpoint import commit
+    from megatron_steel.data.manifest import trust
+    from megatron_steel.model.configuration_steel import SteelConfig
+    from megatron_steel.recipe import from_dict
+    from megatron_steel.run_folder import facts_of
+
+    run, history, order = folder
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["train"] = corpora["new"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    before = commit.read_manifest(run / "checkpoints" / "step-00000009")
+    new = Member(corpora["new"], trust(corpora["new"]).digest, trust(corpora["new"]).tokens)
+    now = preflight.RunPlan(SteelConfig(), {}, 0, 0.0, [new], [])
+    facts = facts_of(from_dict(recipe), now, {"zero_optimization": {"stage": 0}}, before)
+    assert [e["prefix"] for e in facts["data"]] == [corpora["new"]]
+    assert [e["prefix"] for e in facts["data_before"]] == [corpora["old"]]
+    order = preflight.plan_order(from_dict(recipe), [new], 12, before).after(6)
+    commit.write(run / "checkpoints", 10, lambda aside: None, {"order": order.to_json(), "tokens": 1} | facts)
+    shutil.rmtree(before.path)
+    for number in (1, 6, 9):
+        step = inspect_run.look(run, number)
+        assert [s.number for s in step.samples] == history[number - 1][1]
+    assert {s.prefix for s in inspect_run.look(run, 10).samples} == {corpora["new"]}
 
 
 @pytest.mark.parametrize(

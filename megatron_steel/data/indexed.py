@@ -202,8 +202,9 @@ class IndexedDataset:
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
         tokens = np.empty(stop - start, self.dtype)
-        if os.preadv(self._bin_fd, [tokens], start * self.dtype.itemsize) < tokens.nbytes:  # as a rule it gives all
-            raw = self._pread("bin", tokens.nbytes, start * self.dtype.itemsize)
+        at = start * self.dtype.itemsize
+        if os.preadv(self._bin_fd, [tokens.data], at) < tokens.nbytes:  # as a rule it gives all
+            raw = self._pread("bin", tokens.nbytes, at)
             tokens = np.frombuffer(raw, self.dtype).copy()
         return tokens
 

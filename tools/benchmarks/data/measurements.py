@@ -6,8 +6,10 @@ seek is a loader of TinyLlama's kind, which has to take every batch out again; m
 
 import os
 import shutil
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +115,19 @@ def open_theirs(megatron: str, prefix: str, samples: int, keep_cache: bool) -> f
 def read_ours(megatron: str, prefix: str, samples: int, cold: bool) -> float:
     _forget(prefix)
     dataset, _ = ours(prefix, 10 * samples)
-    return _per_sample(lambda i: _micro_batch(dataset, [i], False), samples, cold)
+    return _per_sample(lambda numbers: _micro_batch(dataset, numbers, False), samples, cold)
 
 
 def read_theirs(megatron: str, prefix: str, samples: int, cold: bool) -> float:
     build = theirs(megatron, prefix, 10 * samples)
     _forget(prefix)
-    return _per_sample(build().__getitem__, samples, cold)
+    return _per_sample(_collated(build()), samples, cold)
 
 
 def masked_ours(megatron: str, prefix: str, samples: int) -> float:
     """With `document_ids`, from which the training makes mask and positions where the model runs."""
     dataset, _ = ours(prefix, 10 * samples)
-    return _per_sample(lambda i: _micro_batch(dataset, [i], True), samples, False)
+    return _per_sample(lambda numbers: _micro_batch(dataset, numbers, True), samples, False)
 
 
 def dense_ours(megatron: str, prefix: str, samples: int) -> float:
@@ -133,25 +135,31 @@ def dense_ours(megatron: str, prefix: str, samples: int) -> float:
     from megatron_steel.model.training import document_inputs
 
     dataset, _ = ours(prefix, 10 * samples)
-    return _per_sample(lambda i: document_inputs(_micro_batch(dataset, [i], True)["document_ids"]), samples, False)
+    return _per_sample(lambda n: document_inputs(_micro_batch(dataset, n, True)["document_ids"]), samples, False)
 
 
 def masked_theirs(megatron: str, prefix: str, samples: int) -> float:
-    return _per_sample(theirs(megatron, prefix, 10 * samples, masks=True)().__getitem__, samples, False)
+    return _per_sample(_collated(theirs(megatron, prefix, 10 * samples, masks=True)()), samples, False)
 
 
 dense_theirs = masked_theirs
 
 
-def _per_sample(take: Any, samples: int, cold: bool) -> float:
-    """Seconds per sample: of samples never read before from files that are not in memory, or of a second time."""
-    numbers = range(samples) if cold else [*range(samples)] * 2
-    begin = 0.0
-    for i, number in enumerate(numbers):
-        if i == len(numbers) - samples:
-            begin = time.perf_counter()
-        take(number)
-    return (time.perf_counter() - begin) / samples
+def _collated(data: Any) -> Callable[[range], Any]:
+    """Micro-batches as torch's DataLoader makes them."""
+    return lambda numbers: torch.utils.data.default_collate([data[i] for i in numbers])
+
+
+def _per_sample(take: Callable[[range], Any], samples: int, cold: bool) -> float:
+    """Seconds per sample, in micro-batches: of samples never read before from files that are not in memory, or of a second time."""
+    batches = [range(i, i + BATCH) for i in range(0, samples, BATCH)]
+    if not cold:
+        for numbers in batches:
+            take(numbers)
+    begin = time.perf_counter()
+    for numbers in batches:
+        take(numbers)
+    return (time.perf_counter() - begin) / (len(batches) * BATCH)
 
 
 def _forget(prefix: str) -> None:
@@ -164,15 +172,16 @@ def _forget(prefix: str) -> None:
 
 
 def seek_ours(megatron: str, prefix: str, step: int, replayed: int) -> float:
-    """From the JSON of a run's state to the place of every sample of step `step`."""
-    _, order = ours(prefix, step * BATCH)
-    saved = order.to_json()
-    begin = time.perf_counter()
-    state, batch = from_json(saved, "here").before_step(step)
-    places = [state.locate(state.next_sample + i) for i in range(batch)]
-    seconds = time.perf_counter() - begin
-    assert len(set(places)) == BATCH
-    return seconds
+    """From the JSON of a run's state to the place of every sample of a step: the median of 21 steps from `step` on."""
+    _, order = ours(prefix, (step + 21) * BATCH)
+    saved, seconds = order.to_json(), []
+    for number in range(step, step + 21):
+        begin = time.perf_counter()
+        state, batch = from_json(saved, "here").before_step(number)
+        places = [state.locate(state.next_sample + i) for i in range(batch)]
+        seconds.append(time.perf_counter() - begin)
+        assert len(set(places)) == BATCH
+    return statistics.median(seconds)
 
 
 def seek_theirs(megatron: str, prefix: str, step: int, replayed: int) -> float:
