@@ -88,23 +88,51 @@ def prune_tokenizer(source: str, prefixes: list[str], vocab_size: int, output: s
 
 def verify(prefixes: list[str]) -> None:
     from megatron_steel.data.manifest import verify
+    from megatron_steel.errors import SteelError
 
+    problems = []
     for prefix in prefixes:
-        manifest = verify(prefix)
-        print(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+        try:
+            manifest = verify(prefix)
+            print(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens", flush=True)
+        except SteelError as problem:  # the others are looked at all the same
+            problems.append(problem)
+    if len(problems) > 1:
+        whats = "".join(f"\n    {problem.where}: {problem.what}" for problem in problems)
+        raise SteelError(f"{len(problems)} of {len(prefixes)} data sets fail:{whats}", "verify", problems[0].remedy)
+    if problems:
+        raise problems[0]
 
 
-def inspect(target: str) -> None:
-    if (Path(target) / "checkpoints").is_dir():
-        from megatron_steel.checkpoint.commit import published, read_manifest
-
-        for path in published(Path(target) / "checkpoints"):
-            manifest = read_manifest(path).manifest
-            print(f"{path}: step {manifest['step']:,}, {manifest['tokens']:,} tokens, {manifest['world_size']} ranks")
+def inspect(
+    target: str, tokenizer: str | None, step: int | None, rank: int | None, json_file: str | None, picture: str | None
+) -> None:
+    is_run = (Path(target) / "checkpoints").is_dir() or (Path(target) / "recipe.yaml").is_file()
+    if (is_run and picture) or (not is_run and step is not None) or (rank is not None and step is None):
+        raise _usage("inspect PREFIX [--tokenizer T] [--picture F] [--json F], or inspect RUN [--step N [--rank R]]")
+    if not is_run:
+        _inspect_data(target, tokenizer, json_file, picture)
         return
-    from megatron_steel.data.manifest import describe
+    from megatron_steel import inspect_run
 
-    print(json.dumps(describe(target), indent=1, ensure_ascii=False))
+    if step is None:
+        print(inspect_run.checkpoints_of(Path(target)))
+        return
+    found = inspect_run.look(Path(target), step, rank, tokenizer)
+    for line in inspect_run.as_text(found):
+        print(line)
+    _write_json(json_file, inspect_run.to_json(found), indent=None)
+
+
+def _inspect_data(prefix: str, tokenizer: str | None, json_file: str | None, picture: str | None) -> None:
+    from megatron_steel.data import inspect
+    from megatron_steel.data.tokenizer import load_tokenizer
+
+    report = inspect.look(prefix, load_tokenizer(tokenizer) if tokenizer else None)
+    print(inspect.as_text(report))
+    _write_json(json_file, report.to_json())
+    if picture:
+        inspect.draw(report, picture)
 
 
 def merge(prefixes: list[str], output: str) -> None:
@@ -219,6 +247,11 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(inspect, "what a data set or a run folder is")
     p.add_argument("target", metavar="PREFIX_OR_RUN")
+    p.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="show text, not ids (of a run: instead of the recipe's)")
+    p.add_argument("--step", type=int, metavar="N", help="of a run: every sample of step N, its documents and text")
+    p.add_argument("--rank", type=int, metavar="R", help="with --step: only what rank R trains")
+    p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
+    p.add_argument("--picture", metavar="FILE", help="of a data set: write a PNG here")
 
     p = verb(merge, "join data sets into one")
     p.add_argument("prefixes", nargs="+", metavar="PREFIX")
@@ -263,6 +296,11 @@ def _parser() -> argparse.ArgumentParser:
 def _first_comment(path: Path) -> str:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def _write_json(file: str | None, tree: dict[str, Any], indent: int | None = 1) -> None:
+    if file:
+        Path(file).write_text(json.dumps(tree, indent=indent, ensure_ascii=False), encoding="utf-8")
 
 
 def _usage(text: str) -> Exception:

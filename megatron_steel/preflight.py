@@ -80,7 +80,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     return plan
 
 
-def total_steps(recipe: Recipe, plan: RunPlan, checkpoint: "Checkpoint | None") -> int:
+def total_steps(recipe: Recipe, members: "list[Member]", checkpoint: "Checkpoint | None") -> int:
     """Optimizer steps of the whole run. What a checkpoint has done counts as it was, also where the batch has changed.
 
     `train.tokens` is rounded up to whole steps; a last batch that `train.epochs` would not fill is left out.
@@ -94,7 +94,7 @@ def total_steps(recipe: Recipe, plan: RunPlan, checkpoint: "Checkpoint | None") 
     if train.tokens is not None:
         missing = train.tokens - (checkpoint.manifest["tokens"] if checkpoint else 0)
         return done + max(0, math.ceil(missing / (batch * recipe.data.sequence_length)))
-    samples = int((train.epochs or 0) * samples_per_epoch(plan.train, recipe.data.sequence_length))
+    samples = int((train.epochs or 0) * samples_per_epoch(members, recipe.data.sequence_length))
     trained = from_json(checkpoint.manifest["order"], checkpoint.path).trained_samples if checkpoint else 0
     steps = done + max(0, samples - trained) // batch
     if steps == 0:
@@ -103,39 +103,51 @@ def total_steps(recipe: Recipe, plan: RunPlan, checkpoint: "Checkpoint | None") 
     return steps
 
 
-def plan_order(recipe: Recipe, plan: RunPlan, steps: int, checkpoint: "Checkpoint | None") -> "OrderState":
+def plan_order(recipe: Recipe, members: "list[Member]", steps: int, checkpoint: "Checkpoint | None") -> "OrderState":
+    """The order of data of a run of `steps` steps over `members`, from `checkpoint` on; a collective call.
+
+    Raises SteelError on all ranks: the content of a data set has changed since the checkpoint, or as `segments.plan`.
+    """
     from megatron_steel.data.order_json import from_json
     from megatron_steel.data.segments import plan as plan_segments
 
     def make() -> "OrderState":
-        _refuse_replaced(plan, checkpoint)
         before = from_json(checkpoint.manifest["order"], checkpoint.path) if checkpoint else None
+        if checkpoint and before:
+            _refuse_replaced(recipe, members, checkpoint, before)
         batch = recipe.train.global_batch_size
         # A checkpoint fixes how many samples its steps took, also where the batch was another then.
         wanted = (steps - checkpoint.step) * batch + before.trained_samples if checkpoint and before else steps * batch
-        return plan_segments(before, plan.train, recipe.data.sequence_length, batch, max(1, wanted), recipe.run.seed)
+        return plan_segments(before, members, recipe.data.sequence_length, batch, max(1, wanted), recipe.run.seed)
 
     order = dist.together(make)
     assert order is not None
     before = from_json(checkpoint.manifest["order"], checkpoint.path) if checkpoint else None
     if before and order.segments != before.segments:
-        changed = _changed(before.segments[-1], order, plan.train) or "a longer run"
+        changed = _changed(before.segments[-1], order, members) or "a longer run"
         dist.log.info("from sample %s on the order of data is a new one: %s", f"{order.next_sample:,}", changed)
     return order
 
 
-def _refuse_replaced(plan: RunPlan, checkpoint: "Checkpoint | None") -> None:
-    """Data may be added and taken away in mid-run; another content of the same name and size is a mistake."""
-    before = checkpoint.manifest.get("data", []) if checkpoint else []
-    known = {entry["digest"] for entry in before}
-    sizes = {(entry["name"], entry["tokens"]) for entry in before}
-    for member in plan.train:
-        name = Path(member.prefix).name
-        if member.digest not in known and (name, member.tokens) in sizes:
-            what = f"the content of {name} has changed since the checkpoint, and its size has not"
-            raise SteelError(
-                what, member.prefix, "restore the files; if the change is meant, give the data another name"
-            )
+def _refuse_replaced(recipe: Recipe, members: "list[Member]", checkpoint: "Checkpoint", before: "OrderState") -> None:
+    """Data may be added and taken away in mid-run; other content where a data set of the run was is a mistake.
+
+    That is: the same prefix, or the same name and size, while the data set itself is no longer listed.
+    """
+    listed, drawn = {m.digest for m in members}, before.segments[-1].tokens
+    for entry in checkpoint.manifest.get("data", []):
+        if entry["digest"] in listed or entry["digest"] not in drawn:
+            continue
+        for m in members:
+            same_place = m.prefix == entry.get("prefix")  # older checkpoints do not say it
+            if same_place or (Path(m.prefix).name, m.tokens) == (entry["name"], entry["tokens"]):
+                what = (
+                    f"the content of {m.prefix} has changed since the checkpoint at step {checkpoint.step}: "
+                    f"{entry['tokens']:,} tokens with digest {entry['digest'][:12]}... then, "
+                    f"{m.tokens:,} with {m.digest[:12]}... now"
+                )
+                remedy = "restore the files; if the change is meant, give the new data another name"
+                raise SteelError(what, f"{m.prefix}.bin, {m.prefix}.idx", remedy)
 
 
 def _changed(before: "Segment", order: "OrderState", members: "list[Member]") -> str:
@@ -155,11 +167,11 @@ def _changed(before: "Segment", order: "OrderState", members: "list[Member]") ->
         words = [f"with {names[d]}" for d in sorted(came)] + [f"without {d[:12]}" for d in sorted(gone)]
         changed.append(f"data.train is {', '.join(words)}")
     elif now.weights != before.weights:
-        changed.append(f"data.train has other weights: {_shares(before, names)}, now {_shares(now, names)}")
+        changed.append(f"data.train has other weights: {_weights(before, names)}, now {_weights(now, names)}")
     return "; ".join(changed)
 
 
-def _shares(segment: "Segment", names: dict[str, str]) -> str:
+def _weights(segment: "Segment", names: dict[str, str]) -> str:
     if segment.weights is None:
         return "none"
     return ", ".join(f"{names[digest]} {weight:g}" for digest, weight in segment.weights.items())
@@ -189,7 +201,10 @@ def validation_batches_of(recipe: Recipe, plan: RunPlan) -> "Callable[[], Iterat
 
 
 def position(order: "OrderState", members: "list[Member]") -> dict[str, float]:
-    """How far the data is: samples spent, and epochs of each data set (1.5: half of the second)."""
+    """How far the data is: samples spent, and of each data set its epochs (1.5: half of the second) and its share.
+
+    A share is of the samples drawn since the newest segment opened, so that it shows what was asked for since.
+    """
     from megatron_steel.data.order import blocks
 
     drawn = order.drawn_before(order.next_sample)
@@ -198,15 +213,18 @@ def position(order: "OrderState", members: "list[Member]") -> dict[str, float]:
     tags = names if len(set(names)) == len(names) else [m.prefix.replace("/", "_") for m in members]
     epochs = {f"epochs_{tag}": drawn[m.digest][0] + drawn[m.digest][1] / blocks(m.tokens, length)
               for tag, m in zip(tags, members, strict=True)}  # fmt: skip
-    return {"samples": order.next_sample, **epochs}
+    shares = order.shares()
+    share = {f"data_share/{tag}": shares.get(m.digest, 0.0) for tag, m in zip(tags, members, strict=True)}
+    return {"samples": order.next_sample, **epochs, **share}
 
 
 def _members(data: str | list[Prefix], vocab_size: int, tokenizer: "Tokenizer") -> "list[Member]":
-    from megatron_steel.data.manifest import trust
+    from megatron_steel.data.manifest import trust, warn_of_twins
     from megatron_steel.data.segments import Member
 
-    members = []
-    for p in [Prefix(data)] if isinstance(data, str) else data:
+    members, prefixes = [], [Prefix(data)] if isinstance(data, str) else data
+    warn_of_twins([p.prefix for p in prefixes])
+    for p in prefixes:
         manifest = trust(p.prefix, vocab_size)
         made_by = manifest.tokenizer  # None for data of other tools
         if made_by and made_by["fingerprint"] != tokenizer.fingerprint:

@@ -101,8 +101,8 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     assert config is not None
     seen = published(folder / "checkpoints")
     checkpoint = run_folder.find_checkpoint(recipe, plan, folder)
-    steps = dist.together(lambda: preflight.total_steps(recipe, plan, checkpoint)) or 0
-    order = preflight.plan_order(recipe, plan, steps, checkpoint)
+    steps = dist.together(lambda: preflight.total_steps(recipe, plan.train, checkpoint)) or 0
+    order = preflight.plan_order(recipe, plan.train, steps, checkpoint)
     _announce(recipe, plan, steps, config, checkpoint)
     if dry_run and getattr(plan.config, "sees_future", False):  # nothing is built, so nothing is audited
         dist.log.warning("FFN_type %s lets every position see later tokens", getattr(plan.config, "FFN_type", ""))
@@ -118,7 +118,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
     watch.skipped_steps = progress.skipped_steps
     spikes = _spikes(recipe, progress, order)
-    facts = run_folder.facts_of(recipe, plan, config)
+    facts = run_folder.facts_of(recipe, plan, config, checkpoint)
     monitor = Monitor(folder, progress.step, sees_future=causal is False or getattr(plan.config, "sees_future", False))
     monitor.text("recipe", run_folder.as_yaml(recipe))
     dataset = preflight.open_dataset(plan.train, order)

@@ -59,17 +59,26 @@ def as_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def facts_of(recipe: Recipe, plan: RunPlan, config: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's manifest says besides step, tokens and order."""
+def facts_of(recipe: Recipe, plan: RunPlan, config: dict[str, Any], before: "Checkpoint | None") -> dict[str, Any]:
+    """What a checkpoint's manifest says besides step, tokens and order.
+
+    `data` are the data sets in use; `data_before` those that the run, up to the checkpoint `before` that it goes on
+    from, drew from and no longer does (`inspect RUN --step` finds them by it).
+    """
     from megatron_steel.train.engine import zero_stage
 
+    data = [
+        {"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name, "prefix": m.prefix} for m in plan.train
+    ]
+    earlier = [*before.manifest.get("data_before", []), *before.manifest.get("data", [])] if before else []
     return {
         "recipe": recipe.to_dict(),
         "world_size": dist.world_size(),
         "zero_stage": zero_stage(config),
         "parameters": plan.parameters,
         **_identity(plan),
-        "data": [{"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name} for m in plan.train],
+        "data": data,
+        "data_before": [e for e in earlier if e["digest"] not in {now["digest"] for now in data}],
     }
 
 

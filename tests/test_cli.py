@@ -1,5 +1,6 @@
 """The command line: instant help, every verb documented, words that are no arguments refused."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_steel import cli
+from megatron_steel.data.manifest import trust
 
 HEAVY = ("torch", "transformers", "deepspeed", "numpy", "pydantic", "pyarrow", "matplotlib")
 
@@ -49,7 +51,26 @@ def test_verify_and_inspect_name_what_is_wrong(capsys, tiny_data, tmp_path):
     assert cli.main(["verify", str(tmp_path / "none")]) == 78
     assert "none" in capsys.readouterr().err
     assert cli.main(["inspect", str(tiny_data / "train")]) == 0
-    assert '"documents": 180' in capsys.readouterr().out
+    assert "all 180 documents" in capsys.readouterr().out
+
+
+def test_verify_goes_through_all_and_names_each_that_fails(capsys, tiny_data, tmp_path):
+    for name, source in (("a", "train"), ("b", "validation"), ("c", "train"), ("d", "train")):
+        for suffix in (".bin", ".idx"):
+            shutil.copy(tiny_data / f"{source}{suffix}", tmp_path / f"{name}{suffix}")
+        if name != "d":
+            trust(tmp_path / name)
+    for name in "ac":
+        with open(tmp_path / f"{name}.bin", "r+b") as file:
+            file.write(b"\x7b")
+    assert cli.main(["verify", *(str(tmp_path / name) for name in "abcd")]) == 78
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path}/b: whole, 20 documents, {trust(tmp_path / 'b').tokens:,} tokens\n"
+    assert "3 of 4 data sets fail" in printed.err
+    for name in "ac":
+        assert f"{tmp_path}/{name}: the data is not what its manifest says: digest is " in printed.err
+    assert f"{tmp_path}/d.manifest.json: the index is consistent, but there is no manifest" in printed.err
+    assert cli.main(["verify", str(tmp_path / "b")]) == 0
 
 
 def test_merge_joins(capsys, tiny_data, tmp_path):

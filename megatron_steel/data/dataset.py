@@ -5,6 +5,7 @@ Knows the order and the reader; knows no ranks, batches or tensors.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +40,12 @@ class BlendedDataset:
 
     def tokens(self, sample: int) -> npt.NDArray[np.int64]:
         """The L + 1 tokens of a sample, int64: inputs are [:-1], labels [1:]."""
-        place = self.order.locate(sample)
-        dataset = self._dataset(place.digest)
-        return dataset.read(place.start, place.start + place.sequence_length + 1).astype(np.int64)
+        return self._read(sample).astype(np.int64)
+
+    def fill(self, sample: int, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
+        """Write a sample's inputs and labels, L each, to where they are wanted."""
+        tokens = self._read(sample)
+        inputs[:], labels[:] = tokens[:-1], tokens[1:]
 
     def document_ids(self, sample: int) -> npt.NDArray[np.int64]:
         """To which document each of the L input tokens belongs: int64, from 0, one more at each cut.
@@ -53,6 +57,10 @@ class BlendedDataset:
         begins = np.zeros(place.sequence_length, np.int64)
         begins[cuts - place.start] = 1
         return begins.cumsum()
+
+    def _read(self, sample: int) -> npt.NDArray[Any]:
+        place = self.order.locate(sample)
+        return self._dataset(place.digest).read(place.start, place.start + place.sequence_length + 1)
 
     def _dataset(self, digest: str) -> IndexedDataset:
         if digest not in self._datasets:

@@ -201,9 +201,12 @@ class IndexedDataset:
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
-        size = self.dtype.itemsize
-        raw = self._pread("bin", (stop - start) * size, start * size)
-        return np.frombuffer(raw, self.dtype).copy()
+        tokens = np.empty(stop - start, self.dtype)
+        at = start * self.dtype.itemsize
+        if os.preadv(self._bin_fd, [tokens.data], at) < tokens.nbytes:  # as a rule it gives all
+            raw = self._pread("bin", tokens.nbytes, at)
+            tokens = np.frombuffer(raw, self.dtype).copy()
+        return tokens
 
     def document(self, number: int) -> npt.NDArray[Any]:
         """The tokens of document `number` (from 0), the file's dtype."""
@@ -211,6 +214,10 @@ class IndexedDataset:
             raise IndexError(f"document {number} of {self.documents}")
         start, stop = self.document_starts(number, number + 2)
         return self.read(int(start), int(stop))
+
+    def document_spans(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Positions of the stream, int64 [stop - start + 1]: document start + i is the tokens [spans[i], spans[i + 1])."""
+        return self.document_starts(start, stop + 1)
 
     def document_of(self, position: int) -> int:
         """The number of the document that holds token `position`: two short reads for each halving of the corpus."""

@@ -105,11 +105,11 @@ def _micro_batch(dataset: BlendedDataset, numbers: Sequence[int], document_mask:
     import torch
 
     length = dataset.order.segments[-1].sequence_length
-    ids = np.zeros((max(rows, len(numbers)), length), np.int64)
-    labels = np.full_like(ids, IGNORED)
+    ids = np.empty((max(rows, len(numbers)), length), np.int64)
+    labels = np.empty_like(ids)
     for row, number in enumerate(numbers):
-        tokens = dataset.tokens(number)
-        ids[row], labels[row] = tokens[:-1], tokens[1:]
+        dataset.fill(number, ids[row], labels[row])
+    ids[len(numbers) :], labels[len(numbers) :] = 0, IGNORED
     batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     if document_mask:
         documents = np.zeros_like(ids)

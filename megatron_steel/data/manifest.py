@@ -1,11 +1,13 @@
 """`PREFIX.manifest.json`: what a data set is, so that it can be trusted without being read again.
 
 Counts, sizes, times of change, a digest of the content, the largest id and its document, the tokenizer and the input
-files by name. It holds no absolute path and not the prefix: a data set may be moved and renamed.
+files by name. The digest of every byte decides what is the same data; the MD5 of both ends of the `.bin` (as Steel-LLM
+takes it) tells in a moment what probably is. It holds no absolute path and not the prefix: a data set may be moved and renamed.
 A data set without one (Megatron's own) is scanned once and then has one. Must not know the byte format.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +22,7 @@ from megatron_steel.errors import SteelError
 
 log = logging.getLogger("megatron_steel")
 FORMAT_VERSION = 1
+_END_BYTES = 25_000_000
 TokenizerFacts = dict[str, Any]
 """name, vocab_size, eos_id, fingerprint"""
 
@@ -34,10 +37,29 @@ class Manifest(Facts):
     provenance: list[dict[str, Any]] = field(default_factory=list)
     """One entry an input file: name, bytes, rows, documents, empty, malformed."""
     format_version: int = FORMAT_VERSION
+    head_tail_md5: str | None = None
+    """`head_tail_md5` of the `.bin`; None in a manifest of an older version."""
 
 
 def manifest_path(prefix: PathLike) -> Path:
     return Path(f"{os.fspath(prefix)}.manifest.json")
+
+
+def head_tail_md5(prefix: PathLike) -> str:
+    """MD5 of the first and the last 25,000,000 bytes of the `.bin`, or of all of it where it is shorter than both.
+
+    Source: Steel-LLM (pretrain_modify_from_TinyLlama/lit_gpt/packed_dataset.py, `CalcMD5`). Data that differ only between the ends
+    have equal ones: it hints, and the digest decides. Raises OSError.
+    """
+    md5 = hashlib.md5(usedforsecurity=False)
+    with open(bin_path(prefix), "rb") as file:
+        if os.fstat(file.fileno()).st_size < 2 * _END_BYTES:
+            md5.update(file.read())
+        else:
+            md5.update(file.read(_END_BYTES))
+            file.seek(-_END_BYTES, os.SEEK_END)
+            md5.update(file.read())
+    return md5.hexdigest()
 
 
 def write(
@@ -50,7 +72,8 @@ def write(
     times = {
         f"{kind}_mtime_ns": path(prefix).stat().st_mtime_ns for kind, path in (("bin", bin_path), ("idx", idx_path))
     }
-    manifest = _with_facts(facts, **times, tokenizer=tokenizer, provenance=list(provenance))
+    more = {"tokenizer": tokenizer, "provenance": list(provenance), "head_tail_md5": head_tail_md5(prefix)}
+    manifest = _with_facts(facts, **times, **more)
     path = manifest_path(prefix)
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -109,6 +132,24 @@ def trust(prefix: PathLike, vocab_size: int | None = None) -> Manifest:
     return manifest
 
 
+def warn_of_twins(prefixes: Sequence[PathLike]) -> None:
+    """Say before a long scan which data sets look alike: equal sizes, and equal `head_tail_md5`. Not proven to be the same.
+
+    Where every manifest is fresh nothing is read: their digests will tell. Raises SteelError as opening does.
+    """
+    known = {os.fspath(prefix): fresh(prefix) for prefix in prefixes}
+    if None not in known.values():
+        return
+    seen: dict[tuple[int, str], str] = {}
+    sizes = [bin_path(prefix).stat().st_size for prefix in known]
+    for (prefix, manifest), size in zip(known.items(), sizes, strict=True):
+        if sizes.count(size) > 1:
+            md5 = (manifest and manifest.head_tail_md5) or head_tail_md5(prefix)
+            twin = seen.setdefault((size, md5), prefix)
+            if twin != prefix:
+                log.warning("%s and %s look like the same data (equal size, beginning and end): a scan will tell", twin, prefix)  # fmt: skip
+
+
 def _rescan(prefix: PathLike) -> Manifest:
     before = load(prefix)
     why = "its files have changed since their manifest was written" if before else "it has no manifest"
@@ -163,7 +204,7 @@ def describe(prefix: PathLike) -> dict[str, Any]:
     if manifest is None:
         return facts | {"manifest": "none that agrees with the files: the first run scans them once"}
     facts |= {"largest token id": f"{manifest.max_token_id} (document {manifest.max_token_document}, counted from 0)"}
-    facts |= {"digest": manifest.digest}
+    facts |= {"digest": manifest.digest, "MD5 of both ends": manifest.head_tail_md5}
     facts |= {f"tokenizer {key}": value for key, value in (manifest.tokenizer or {}).items()}
     return facts | {"made from": [entry["name"] for entry in manifest.provenance]}
 

@@ -128,13 +128,49 @@ class OrderState:
             raise IndexError(f"sample {sample} is not planned")
         segment = self._segment(sample)
         digest, epoch, draw = segment.draw(sample)
-        block = permute(draw, segment.blocks(digest), key_of("block", self.seed, digest, epoch))
-        offset = key_of("offset", self.seed, digest, epoch) % segment.sequence_length
+        block_key, offset_key = _keys(self.seed, digest, epoch)
+        block = permute(draw, segment.blocks(digest), block_key)
+        offset = offset_key % segment.sequence_length
         return Place(digest, epoch, offset + block * segment.sequence_length, segment.sequence_length)
 
     def drawn_before(self, sample: int) -> Drawn:
         """(epoch, blocks drawn) of every data set when all samples before `sample` have been drawn."""
         return self._segment(sample).drawn_before(sample)
+
+    def shares(self) -> dict[str, float]:
+        """Digest -> share of the samples drawn since the newest segment opened (none drawn: as it ends)."""
+        segment = self._segment(max(0, self.next_sample - 1))
+        counts = segment.interleave.counts((self.next_sample - segment.first_sample) or segment.samples)
+        return {digest: count / sum(counts) for digest, count in zip(segment.tokens, counts, strict=True)}
+
+    def after(self, count: int) -> "OrderState":
+        """The state when `count` more unskipped samples are done: what `next_batch` leaves, without their numbers."""
+        at, missing = self.next_sample, count
+        for start, stop in self.skipped:
+            if stop > at:
+                if missing <= start - at:
+                    break
+                at, missing = stop, missing - (start - at)
+        return dataclasses.replace(self, next_sample=at + missing)
+
+    def before_step(self, step: int) -> tuple["OrderState", int]:
+        """The state as optimizer step `step` (from 1) begins, and how many samples that step takes.
+
+        A step takes the batch of the segment that it begins in. A batch changes only where a run went on, which is
+        between two steps; samples that were passed over belong to no step. Raises IndexError for a step before 1.
+        """
+        if step < 1:
+            raise IndexError(f"there is no step {step}: the first is 1")
+        state, left, batch = dataclasses.replace(self, next_sample=0), step - 1, self.segments[0].batch
+        for segment in self.segments:
+            if segment.batch != batch:
+                spent = sum(b - a for a, b in self.skipped if state.next_sample <= a < segment.first_sample)
+                steps = (segment.first_sample - state.next_sample - spent) // batch
+                if left < steps:
+                    break
+                state, left = dataclasses.replace(state, next_sample=segment.first_sample), left - steps
+                batch = segment.batch
+        return state.after(left * batch), batch
 
     def _segment(self, sample: int) -> Segment:
         return self.segments[bisect.bisect_right(self.segments, sample, key=lambda s: s.first_sample) - 1]
@@ -142,6 +178,12 @@ class OrderState:
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; `order_json.from_json` reads them back."""
         return dataclasses.asdict(self)
+
+
+@functools.lru_cache(maxsize=4096)
+def _keys(seed: int, digest: str, epoch: int) -> tuple[int, int]:
+    """Of the order of a data set's blocks in an epoch, and of where they are cut."""
+    return key_of("block", seed, digest, epoch), key_of("offset", seed, digest, epoch)
 
 
 def next_batch(state: OrderState, count: int) -> tuple[np.ndarray, OrderState]:

@@ -207,3 +207,50 @@ def test_a_new_segment_replaces_skips_that_were_still_to_come():
     assert state.locate(12) == places[-1]
     left = [state.locate(13 + i) for i in range(27 + 25)]
     assert len({p for p in left if p.digest == "aa"}) == 27
+
+
+HAPPENS = st.one_of(
+    st.tuples(st.just("train"), st.integers(1, 9), st.just(0)),
+    st.tuples(st.just("skip"), st.integers(0, 30), st.integers(1, 12)),
+    st.tuples(st.just("batch"), st.integers(1, 7), st.just(0)),
+    st.tuples(st.just("data"), st.integers(0, 2), st.just(0)),
+    st.tuples(st.just("length"), st.sampled_from([5, 8, 11]), st.just(0)),
+)
+
+
+@given(history=st.lists(HAPPENS, max_size=12), weighted=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_the_final_order_knows_the_samples_of_every_step(history, weighted):
+    """Through appends, other batches, weights and lengths, and samples passed over: also without walking there."""
+    mixes = [_weighted(a=3), _weighted(a=1, n=2), _weighted(o=2, n=1)] if weighted else [[A], [A, NEW], [NEW, OTHER]]
+    batch, length, members, steps = 4, L, mixes[0], []
+    state = plan(None, members, length, batch, 2000, seed=1)
+    for what, first, second in [*history, ("train", 5, 0)]:
+        if what == "skip":
+            start = state.next_sample + first
+            state = skip(state, start, start + second)
+            continue
+        batch = first if what == "batch" else batch
+        length = first if what == "length" else length
+        members = mixes[first] if what == "data" else members
+        state = plan(state, members, length, batch, 2000, seed=1)
+        for _ in range(first if what == "train" else 1):
+            numbers, after = next_batch(state, batch)
+            assert state.after(batch) == after
+            state = after
+            steps.append(numbers.tolist())
+    for number, numbers in enumerate(steps, start=1):
+        before, count = state.before_step(number)
+        assert next_batch(before, count)[0].tolist() == numbers
+    assert state.before_step(len(steps) + 1) == (state, batch)
+    with pytest.raises(IndexError, match="the first is 1"):
+        state.before_step(0)
+
+
+def test_shares_are_of_the_newest_segment():
+    state = plan(None, _weighted(a=3, n=1), L, 4, 100, seed=0)
+    assert state.shares() == {"aa": 0.75, "nn": 0.25}
+    _, state = next_batch(state, 8)
+    state = plan(state, _weighted(a=1, n=1, o=2), L, 4, 100, seed=0)
+    assert state.shares() == {"aa": 0.75, "nn": 0.25}  # nothing has been drawn since
+    assert state.after(12).shares() == {"aa": 0.25, "nn": 0.25, "oo": 0.5}

@@ -1,5 +1,7 @@
 """When a data set is trusted, when it is scanned, and what is found."""
 
+import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -158,6 +160,43 @@ def test_describe(tmp_path):
     told = manifest.describe(tmp_path / "d")
     assert (told["tokens"], told["documents"], told["digest"]) == (8, 4, facts.digest)
     assert (told["tokenizer eos_id"], told["made from"]) == (1, ["a.jsonl"])
+
+
+def test_both_ends_are_steel_llms_md5(tmp_path, monkeypatch):
+    """All of a short file; of a long one the first and the last bytes, which is blind to its middle."""
+    raw = np.random.default_rng(0).integers(0, 99, 500, dtype=np.uint16)
+    for name, corpus in (("a", raw), ("b", np.where(np.arange(500) == 250, 7, raw)), ("c", raw[::-1])):
+        write(tmp_path / name, [corpus])
+    assert manifest.trust(tmp_path / "a").head_tail_md5 == hashlib.md5(raw.tobytes()).hexdigest()
+    monkeypatch.setattr(manifest, "_END_BYTES", 501)  # 1,000 bytes are below twice that
+    assert manifest.head_tail_md5(tmp_path / "a") == hashlib.md5(raw.tobytes()).hexdigest()
+    monkeypatch.setattr(manifest, "_END_BYTES", 300)
+    ends = hashlib.md5(raw.tobytes()[:300] + raw.tobytes()[-300:]).hexdigest()
+    assert manifest.head_tail_md5(tmp_path / "a") == manifest.head_tail_md5(tmp_path / "b") == ends
+    assert manifest.head_tail_md5(tmp_path / "c") != ends
+
+
+def test_a_manifest_of_an_older_version_is_still_good(tmp_path, messages):
+    first = manifest.write(tmp_path / "d", write(tmp_path / "d"))
+    tree = json.loads(manifest.manifest_path(tmp_path / "d").read_text())
+    del tree["head_tail_md5"]
+    manifest.manifest_path(tmp_path / "d").write_text(json.dumps(tree))
+    assert manifest.trust(tmp_path / "d") == dataclasses.replace(first, head_tail_md5=None)
+    assert messages() == []
+
+
+def test_probable_twins_are_told_before_a_scan_and_only_then(tmp_path, messages):
+    for name in "abc":
+        write(tmp_path / name, [[1, 2, 3 + (name == "c")]])
+    manifest.warn_of_twins([tmp_path / name for name in "abc"])
+    assert [m for m in messages() if "look like the same data" in m] == [
+        f"{tmp_path}/a and {tmp_path}/b look like the same data (equal size, beginning and end): a scan will tell"
+    ]
+    for name in "abc":
+        manifest.trust(tmp_path / name)
+    before = len(messages())
+    manifest.warn_of_twins([tmp_path / name for name in "abc"])
+    assert len(messages()) == before
 
 
 MEASURE = """

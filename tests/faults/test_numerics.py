@@ -155,7 +155,7 @@ def _names(recipe) -> list[str]:
 
     resolved = load_recipe(str(recipe), SPIKE)
     plan = preflight.plan_run(resolved)
-    order = preflight.plan_order(resolved, plan, 60, None)
+    order = preflight.plan_order(resolved, plan.train, 60, None)
     dataset = preflight.open_dataset(plan.train, order)
     return [name_of(dataset.tokens(n)[:-1]) for n in range(64 * BATCH)]
 

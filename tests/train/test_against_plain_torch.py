@@ -16,7 +16,7 @@ TOLERANCE = 2e-6  # loss, absolute; the norm relative
 def _plain_loop(recipe):
     """torch alone: one process, the whole batch at once, decay on matrices only, HF's own forward."""
     plan = preflight.plan_run(recipe)
-    order = preflight.plan_order(recipe, plan, STEPS, None)
+    order = preflight.plan_order(recipe, plan.train, STEPS, None)
     data = preflight.open_dataset(plan.train, order)
     model = build.build_model(plan.config, recipe.run.seed)
     matrices = [p for p in model.parameters() if p.ndim >= 2]

@@ -29,7 +29,7 @@ def _board(folder):
 def _plain(recipe, layers, ffn, experts):
     """Step 1 by torch alone: the whole batch at once. {tag: figure}."""
     plan = preflight.plan_run(recipe)
-    order = preflight.plan_order(recipe, plan, recipe.train.steps, None)
+    order = preflight.plan_order(recipe, plan.train, recipe.train.steps, None)
     data = preflight.open_dataset(plan.train, order)
     model = build.build_model(plan.config, recipe.run.seed, None, recipe.model.trust_code)
     seen = {}
