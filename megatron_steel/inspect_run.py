@@ -214,7 +214,7 @@ class _Data:
         for start, end in zip(starts, [*starts[1:], stop], strict=True):
             document = data.document_of(start)
             ids = data.read(start, end).tolist()
-            first = int(data.document_spans(document, document + 1)[0])
+            first = int(data.document_starts(document, document + 1)[0])
             pieces.append(Piece(document, start - first, ids, decode(ids)))
         return Sample(number, *whose, data.prefix, place.epoch, place.start, pieces)
 

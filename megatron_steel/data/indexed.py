@@ -215,10 +215,6 @@ class IndexedDataset:
         start, stop = self.document_starts(number, number + 2)
         return self.read(int(start), int(stop))
 
-    def document_spans(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Positions of the stream, int64 [stop - start + 1]: document start + i is the tokens [spans[i], spans[i + 1])."""
-        return self.document_starts(start, stop + 1)
-
     def document_of(self, position: int) -> int:
         """The number of the document that holds token `position`: two short reads for each halving of the corpus."""
         if not 0 <= position < self.tokens:

@@ -58,7 +58,7 @@ def look(prefix: PathLike, tokenizer: Tokenizer | None = None) -> Report:
     facts = manifest.describe(prefix)
     with IndexedDataset(prefix) as data:
         stretches = _stretches(data.documents, _MOST_DOCUMENTS)
-        lengths = np.concatenate([np.diff(data.document_spans(*stretch)) for stretch in stretches])
+        lengths = np.concatenate([np.diff(data.document_starts(first, stop + 1)) for first, stop in stretches])
         tokens = np.concatenate([data.read(*stretch) for stretch in _stretches(data.tokens, _MOST_TOKENS)])
         numbers = sorted({round(i * (data.documents - 1) / (_SHOWN - 1)) for i in range(_SHOWN)})
         samples = [_sample(data, number, tokenizer) for number in numbers]
@@ -135,7 +135,7 @@ def _stretches(count: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def _sample(data: IndexedDataset, number: int, tokenizer: Tokenizer | None) -> tuple[int, int, str]:
-    start, stop = data.document_spans(number, number + 1).tolist()
+    start, stop = data.document_starts(number, number + 2).tolist()
     ids = data.read(start, min(stop, start + _SHOWN_TOKENS)).tolist()
     text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
     return number, stop - start, text + (" [...]" if stop - start > len(ids) else "")
