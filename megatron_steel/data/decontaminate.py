@@ -102,6 +102,10 @@ class Matcher:
                     found[item] = " ".join(run)
         return [Hit(item, found[item]) for item in sorted(found)]
 
+    def among(self, items: Iterable[int], item: int) -> int:
+        """How many of `items` are of the benchmark file of `item`."""
+        return sum(self.items[other].file == self.items[item].file for other in items)
+
     def _run(self, units: list[str], at: int, item: int, place: int) -> list[str]:
         """The longest run around an anchor that both share; empty where it does not count."""
         theirs = self.items[item].units

@@ -205,7 +205,8 @@ def _sample(files: list[hub.Remote], limit: int | None) -> list[hub.Remote]:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    about = name.rpartition("/")[2].startswith("dataset_info")  # what `datasets` knows of the corpus
+    return not about and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_room(folder: Path, left: list[hub.Remote]) -> None:

@@ -17,7 +17,9 @@ from megatron_steel.data.decontaminate import Matcher
 from megatron_steel.errors import SteelError
 
 _LEAST_CHARACTERS = 20
-_NAMED, _EXAMPLES = 5, 5
+_NAMED = 5
+EXAMPLES = 3
+"""Of the items of a benchmark file that were found."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Counts:
     hits: Counter[int] = field(default_factory=Counter)
     """Rows that hold a benchmark's item, by item."""
     examples: dict[int, tuple[int, str]] = field(default_factory=dict)
-    """Of the first few items: the first row that holds it and the shared run."""
+    """Of the first few items of each benchmark file: the first row that holds it and the shared run."""
     problems: list[tuple[int, str]] = field(default_factory=list)
     """Row number and what is wrong with it, for the first few."""
 
@@ -130,7 +132,7 @@ class Maker:
         hits = self.matcher.find("\n".join(contents))
         for hit in hits:
             counts.hits[hit.item] += 1
-            if hit.item not in counts.examples and len(counts.examples) < _EXAMPLES:
+            if hit.item not in counts.examples and self.matcher.among(counts.examples, hit.item) < EXAMPLES:
                 counts.examples[hit.item] = (row, hit.run)
         counts.contaminated += bool(hits)
         if hits and self._settings.remove_contaminated:

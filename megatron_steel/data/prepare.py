@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_steel.data import parallel, readers
+from megatron_steel.data.decontaminate import Matcher
 from megatron_steel.data.indexed import PathLike, reserved
-from megatron_steel.data.lines import Counts, Maker, Settings, make
+from megatron_steel.data.lines import EXAMPLES, Counts, Maker, Settings, make
 from megatron_steel.errors import SteelError
 
 log = logging.getLogger("megatron_steel")
 _UNIT_BYTES = 16 << 20
-_HOPELESS_ROWS, _NAMED, _EXAMPLES = 10, 5, 5
+_HOPELESS_ROWS, _NAMED = 10, 5
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -102,8 +103,8 @@ def table(report: dict[str, Any]) -> str:
     ]
     if "benchmarks" in report:
         lines.append(("rows that hold benchmark items", report["contaminated"]))
-        for entry in report["benchmarks"]:
-            lines.append((f"  of {entry['file']}: items found, of {entry['items']:,}", entry["items_found"]))
+        found = [entry for entry in report["benchmarks"] if entry["items_found"]]
+        lines += [(f"  {entry['file']}: items found, of {entry['items']:,}", entry["items_found"]) for entry in found]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{width}}  {count:>12,}" for name, count in lines)
 
@@ -119,7 +120,7 @@ def _join(
         results = parallel.in_order(make, todo, min(workers, len(units)), Maker, settings)
     with contextlib.closing(results):
         for counts, item in zip(results, items, strict=True):
-            report.add(item[0], counts)
+            report.add(item[0], counts, maker.matcher)
             with open(item[3], "rb") as part:
                 shutil.copyfileobj(part, file, 1 << 20)
             os.unlink(item[3])
@@ -160,11 +161,11 @@ class _Report:
         self._named: list[str] = []
         self._spoken = time.monotonic()
 
-    def add(self, unit: readers.Unit, counts: Counts) -> None:
+    def add(self, unit: readers.Unit, counts: Counts, matcher: Matcher | None) -> None:
         self._total.add(counts)
         self._files.setdefault(unit.path, Counts()).add(counts)
         for item, (row, run) in counts.examples.items():
-            if len(self._examples) < _EXAMPLES:
+            if matcher is not None and matcher.among(self._examples, item) < EXAMPLES:
                 self._examples.setdefault(item, {"file": Path(unit.path).name, "row": row, "shared": run})
         for number, problem in counts.problems[: _NAMED - len(self._named)]:
             self._named.append(f"{unit.path}:{number}")

@@ -148,6 +148,23 @@ def test_contaminated_rows_are_reported_and_removed_when_asked(tmp_path, benchma
     assert report["rejected"] == {"contaminated": 2}
 
 
+def test_the_first_examples_of_each_benchmark_are_reported(tmp_path):
+    questions = [f"question number {i} of a list of made up ones here" for i in range(9)]
+    for name, part in (("a", questions[:6]), ("b", questions[6:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in part))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*questions, *questions]))
+    report = prepare(
+        "text",
+        [tmp_path / "in.jsonl"],
+        tmp_path / "o.jsonl",
+        workers=1,
+        decontaminate=[tmp_path / "a.jsonl", tmp_path / "b.jsonl"],
+    )
+    examples = [[(e["item"], e["row"], e["rows"]) for e in entry["examples"]] for entry in report["benchmarks"]]
+    assert [entry["items_found"] for entry in report["benchmarks"]] == [6, 3]
+    assert examples == [[(1, 1, 2), (2, 2, 2), (3, 3, 2)], [(1, 7, 2), (2, 8, 2), (3, 9, 2)]]
+
+
 def test_a_chat_is_searched_without_its_template(tmp_path, benchmarks):
     turns = [{"role": "user", "content": MMLU}, {"role": "assistant", "content": "It stays where it was, mostly."}]
     (tmp_path / "in.jsonl").write_text(json.dumps({"messages": turns}))

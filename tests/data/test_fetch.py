@@ -18,7 +18,7 @@ from megatron_steel.errors import SteelError
 
 REPOSITORY = "Skywork/SkyPile-150B"
 FILES = {f"data/part-{i}.jsonl": random.Random(i).randbytes(200_000 + i) for i in range(4)}
-EXTRA = {"README.md": b"# card", "data/small.jsonl": b'{"text": "small"}\n'}
+EXTRA = {"README.md": b"# card", "dataset_infos.json": b"{}", "data/small.jsonl": b'{"text": "small"}\n'}
 
 
 @pytest.fixture
