@@ -33,7 +33,7 @@ class Report:
     lengths: dict[str, float]
     """Of the documents counted: mean, least, median, p90, p99, most (tokens, end of document included), empty (count)."""
     histogram: list[tuple[int, int]]
-    """(shortest length of the bin, documents in it): 0, 1, 2 to 3, 4 to 7, ... tokens."""
+    """(shortest length of the bin, documents in it): 0, 1, 2 to 3, 4 to 7, ... tokens, from the first that has any."""
     tokens_counted: int
     vocabulary: int
     """Ids there could be: the tokenizer's, or up to the largest id seen."""
@@ -152,7 +152,8 @@ def _summary(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
 def _histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     # Of a float the exponent is the number of bits, exact for any length that a document can have.
     bins = np.bincount(np.frexp(lengths.astype(np.float64))[1])
-    return [(int(2 ** (bits - 1)) if bits else 0, int(count)) for bits, count in enumerate(bins)]
+    first = int(np.flatnonzero(bins)[0])
+    return [(2 ** (bits - 1) if bits else 0, int(bins[bits])) for bits in range(first, len(bins))]
 
 
 def _vocabulary(facts: dict[str, Any], tokenizer: Tokenizer | None, largest: int) -> int:

@@ -67,7 +67,7 @@ def test_one_document_and_one_token_are_enough(tmp_path):
     with IndexedWriter(tmp_path / "d", np.int32) as writer:
         writer.add_document([5])
     report = inspect.look(tmp_path / "d")
-    assert (report.histogram, report.samples) == ([(0, 0), (1, 1)], [(0, 1, "5")])
+    assert (report.histogram, report.samples) == ([(1, 1)], [(0, 1, "5")])
     assert (report.distinct, report.vocabulary, report.ranks) == (1, 6, [(1, 1)])
 
 
