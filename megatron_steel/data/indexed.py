@@ -464,7 +464,8 @@ class IndexedWriter:
     def _discard(self) -> None:
         for name, file in reversed(self._files.items()):  # the locked one last, and gone before it is unlocked
             Path(self._aside(name)).unlink(missing_ok=True)
-            file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is thrown away here
+                file.close()
 
 
 def negative_id(data: IndexedDataset, position: int) -> SteelError:

@@ -6,8 +6,8 @@ permutation, the same whatever the parts are. Two passes, both through the disk 
 1. Read the inputs once; append each document to the bucket that its place in the output falls into.
 2. Read bucket after bucket whole, put its documents in their places, write them out.
 
-Memory is a few buckets (64 MB each; a 1024th of the tokens where there are more than 64 GB). The scratch folder holds the tokens
-once more until the end. Must not know the byte format or tokenizers.
+Memory is two buckets (64 MB each; a 1024th of the tokens where there are more than 64 GB) and one piece. The scratch
+folder holds the tokens once more until the end. Must not know the byte format or tokenizers.
 """
 
 import shutil

@@ -69,7 +69,7 @@ def test_gigatoken_is_chosen_and_gives_the_tokenizers_ids(byte_level):
 
 
 @gigatoken
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.text(st.one_of(st.sampled_from("钢铁 e\u0301\u0323<|im_end|>\n\r\t'lLsS12(){}"), st.characters(codec="utf-8"))),
@@ -148,6 +148,7 @@ def test_an_added_token_beyond_a_small_vocabulary_widens_the_dtype(tmp_path, tin
     assert (result.dtype, result.max_token_id, result.tokenizer["vocab_size"]) == ("int32", 70_000, 70_001)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @gigatoken
 def test_qwen(shared_data):

@@ -1,4 +1,4 @@
-"""Against the real megatron-core: the same bytes from the same lists, and each reads the other's files.
+"""Against the real megatron-core: the same bytes from the same lists and from the same texts; each reads the other's files.
 
 `launch/test.sh` puts the package into <environment>/megatron-core; here it runs in a process of its own.
 """
@@ -13,6 +13,7 @@ import pytest
 
 from megatron_steel.data.indexed import IndexedDataset, IndexedWriter
 from megatron_steel.data.merge import concatenate
+from megatron_steel.data.tokenize import tokenize
 
 PACKAGE = Path(sys.prefix) / "megatron-core"
 pytestmark = pytest.mark.skipif(
@@ -76,3 +77,44 @@ def test_each_reads_the_others(folder, name):
     sequences, boundaries = json.loads((folder / "read.json").read_text())[name]
     assert sequences == [ids for ids in documents if ids]
     assert boundaries == np.cumsum([0] + [bool(ids) for ids in documents]).tolist()
+
+
+# Megatron-core's own tokenizer class and builder on the lines of rows.jsonl, joined as `preprocess_data.py --append-eod`
+# does; the tool itself is not in the package and is run by tools/benchmarks/data/tokenize_vs_megatron.py.
+THEIR_TOKENIZER = """
+import json, sys
+sys.path.append(sys.argv[1])
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.tokenizers import MegatronTokenizer
+tokenizer = MegatronTokenizer.from_pretrained(sys.argv[2], metadata_path={"library": "huggingface"})
+builder = IndexedDatasetBuilder("theirs.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
+for line in open("rows.jsonl", encoding="utf-8"):
+    ids = tokenizer.tokenize(json.loads(line)["text"])
+    ids += [tokenizer.eod] if ids else []
+    builder.add_document(ids, [len(ids)] if ids else [])
+builder.finalize("theirs.idx")
+"""
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("empty", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_bytes_are_theirs_on_real_texts(tmp_path, shared_data, empty):
+    """Special strings in some texts; where texts are empty, `.bin` alone is equal, and `.idx` but for their boundaries."""
+    (source,) = (shared_data / "steel_samples" / "sky").iterdir()
+    texts = [json.loads(line)["text"] for line in source.read_text("utf-8").splitlines()[:60]]
+    texts[3] = f"<|im_start|>user\n{texts[3]}<|im_end|>\n<|endoftext|>e\u0301 \r\n\0 <|im_end"
+    texts[5:6] = ["", texts[5], ""] if empty else ["<|im_end|>"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made = tokenize([tmp_path / "rows.jsonl"], shared_data / "qwen_tokenizer", tmp_path / "ours", workers=1)
+    command = [sys.executable, "-c", THEIR_TOKENIZER, str(PACKAGE), str(shared_data / "qwen_tokenizer")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "ours.bin").read_bytes() == (tmp_path / "theirs.bin").read_bytes()
+    assert made.provenance[0]["special"] == (1 if empty else 2)
+    if not empty:
+        assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+        return
+    ours, theirs = IndexedDataset(tmp_path / "ours"), IndexedDataset(tmp_path / "theirs")
+    assert theirs.documents == ours.documents + 2 == len(texts)
+    assert np.array_equal(ours.offsets(0, ours.sequences), theirs.offsets(0, theirs.sequences))
+    assert np.array_equal(ours.lengths(0, ours.sequences), theirs.lengths(0, theirs.sequences))

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -503,6 +504,23 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, tiny_tokenizer):
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl.gz"]
 
 
+@pytest.mark.parametrize("shuffles", [False, True])
+def test_a_disk_without_room_publishes_nothing_and_loses_nothing(tmp_path, tiny_tokenizer, small_units, shuffles):
+    source, limits = many(tmp_path / "a.jsonl"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1, shuffle=shuffles)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # room for a part, none for the whole
+    try:
+        with pytest.raises(SteelError, match="cannot write: File too large") as caught:
+            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, shuffle=shuffles)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.where == f"{tmp_path}/out.parts"
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.parts"]
+    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, shuffle=shuffles)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+@pytest.mark.slow
 def test_a_document_of_50_mb(tmp_path, tiny_tokenizer):
     words = 50_000
     (tmp_path / "a.jsonl").write_bytes(lines(["w3", ("w45" + " " * 997) * words, "w4"]))
