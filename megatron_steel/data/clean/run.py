@@ -8,12 +8,15 @@
 Written aside and renamed. Needs disk for about twice the text. Must not import data-juicer, nor know its operators.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,7 +74,8 @@ def clean(
     try:
         rows_in = _number(files, aside / "rows.parquet")
         log.info("%s rows through %d operators of %s ...", f"{sum(rows_in.values()):,}", len(todo.operators), todo.name)
-        found = _data_juicer(interpreter, todo, aside, workers, models, ray)
+        with tempfile.TemporaryDirectory(prefix="steel-") as short:
+            found = _data_juicer(interpreter, todo, aside, short, workers, models, ray)
         rows_out = _join(files, aside / "kept.parquet", aside / target.name)
         account = {
             "chain": todo.name, "data_juicer": found["data_juicer"], "executor": "ray" if ray else "default",
@@ -177,9 +181,12 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _data_juicer(
-    interpreter: Path, chain: chains.Chain, aside: Path, workers: int | None, models: Any, ray: str | None
+    interpreter: Path, chain: chains.Chain, aside: Path, short: str, workers: int | None, models: Any, ray: str | None
 ) -> dict[str, Any]:
-    """Run worker.py; returns its counts. Leaves `kept.parquet` in `aside`: a file, or on Ray a folder of files."""
+    """Run worker.py; returns its counts. Leaves `kept.parquet` in `aside`: a file, or on Ray a folder of files.
+
+    `short` is an empty folder with a short name: a way to `aside` for sockets, whose paths hold 107 bytes.
+    """
     import yaml
 
     here = Path(__file__).parent
@@ -189,7 +196,7 @@ def _data_juicer(
         "np": workers or os.cpu_count() or 1, "text_keys": "text",
         "skip_op_error": False,  # data-juicer's default replaces a row that fails by nothing, silently
         "open_tracer": False, "open_monitor": False, "op_fusion": False,  # fused filters cannot be counted apart
-        "use_cache": False, "temp_dir": str(aside / "tmp"), "ds_cache_dir": str(aside / "cache"),
+        "use_cache": False, "temp_dir": f"{short}/t", "ds_cache_dir": str(aside / "cache"),
         "custom_operator_paths": [str(here / "steel_operators")],
         "executor_type": "ray" if ray else "default",
         "process": [{operator.name: operator.parameters or None} for operator in chain.operators],
@@ -197,23 +204,38 @@ def _data_juicer(
     if ray:
         config["ray_address"] = ray
     (aside / "tmp").mkdir()
+    os.symlink(aside / "tmp", f"{short}/t")
     (aside / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_", "UV_"))}
     environment |= {**_NO_NETWORK, "DATA_JUICER_CACHE_HOME": str(aside / "cache"), "HF_HOME": str(aside / "cache")}
     if models:
         environment["DATA_JUICER_EXTERNAL_MODELS_HOME"] = str(Path(models).resolve())
     command = [str(interpreter), str(here / "worker.py"), str(aside / "config.yaml"), str(aside / "result.json")]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, cwd=aside)
+    code, said = _wait(command, environment, aside)
     result = json.loads((aside / "result.json").read_text(encoding="utf-8")) if (aside / "result.json").exists() else {}
     if "what" in result:
         raise SteelError(result["what"], f"chain {chain.name}", result["remedy"])
-    if done.returncode or "steps" not in result:
-        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
+    if code or "steps" not in result:
         if "No module named 'data_juicer'" in said:
             raise SteelError("data-juicer is not in this environment", interpreter, _INSTALL)
-        what = f"data-juicer ended with exit code {done.returncode}; its last words:\n{said}"
+        what = f"data-juicer ended with exit code {code}; its last words:\n{said}"
         raise SteelError(what, f"chain {chain.name}", "mend the chain or the environment; nothing was written")
     return result
+
+
+def _wait(command: list[str], environment: dict[str, str], aside: Path) -> tuple[int, str]:
+    """Run to the end; returns the exit code and the last lines said. What it started ends with this process."""
+    with open(aside / "log", "w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, env=environment, cwd=aside, start_new_session=True
+        )
+        try:
+            code = process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        said.seek(0)
+        return code, "\n".join(said.read().strip().splitlines()[-12:])
 
 
 def _join(files: Sequence[Path], kept: Path, target: Path) -> int:

@@ -7,7 +7,10 @@
 Imports nothing of megatron_steel. A problem with a name (a missing package, an unknown operator) goes into RESULT.json.
 """
 
+import ctypes
 import json
+import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _BATCH = 10_000
+_PR_SET_PDEATHSIG = 1
 
 
 class NamedError(Exception):
@@ -24,6 +28,7 @@ class NamedError(Exception):
 
 
 def main(config: str, result: str) -> int:
+    _end_with_the_parent()
     try:
         counts = _run(config)
     except NamedError as problem:
@@ -31,6 +36,14 @@ def main(config: str, result: str) -> int:
         return 78
     Path(result).write_text(json.dumps(counts), encoding="utf-8")
     return 0
+
+
+def _end_with_the_parent() -> None:
+    """The verb may be killed: then this process and all that it started go, too (Linux; it leads its own group)."""
+    me = os.getpid()
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL) if os.getpid() == me else os._exit(143))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _run(config: str) -> dict[str, Any]:
