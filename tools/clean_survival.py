@@ -1,6 +1,6 @@
 """What the corrected chains keep beside the original ones: JSON, tables and a picture.
 
-    python tools/clean_survival.py --text A.jsonl B.jsonl --code C.jsonl --output docs/clean_survival [--python PATH]
+python tools/clean_survival.py --text A.jsonl B.jsonl --code C.jsonl --output docs/clean_survival [--python PATH]
 """
 
 import argparse

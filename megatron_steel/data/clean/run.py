@@ -66,6 +66,8 @@ def clean(
     started = time.monotonic()
     target = Path(output).resolve()
     files = _check_paths(inputs, target, (report, picture))
+    if report and Path(report).suffix != ".json":
+        raise SteelError("the report is JSON", report, "name it FILE.json; the table goes to FILE.md beside it")
     todo = chains.runnable(chains.load(chain), models, bool(ray))
     interpreter = _interpreter(python)
     aside = target.with_name(f"{target.name}.partial")
@@ -84,6 +86,9 @@ def clean(
         }  # fmt: skip
         account["seconds"] = round(time.monotonic() - started, 1)
         os.replace(aside / target.name, target)
+    except OSError as error:
+        remedy = "there must be room for about twice the text; nothing was written"
+        raise SteelError(f"a file could not be read or written: {error}", aside, remedy) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for operator, reason in todo.left_out:
@@ -266,11 +271,15 @@ def _survivors(kept: Path) -> Iterator[tuple[int, str]]:
     """(row number, text), ascending: files in the order of their first row."""
     import pyarrow.parquet as pq
 
-    files = [pq.ParquetFile(path) for path in (kept.rglob("*.parquet") if kept.is_dir() else [kept])]
-    files = [file for file in files if file.metadata.num_rows]
-    for file in sorted(files, key=lambda file: next(file.iter_batches(1, columns=["row"]))["row"][0].as_py()):
-        for batch in file.iter_batches(_ROWS, columns=["row", "text"]):
-            yield from zip(batch["row"].to_pylist(), batch["text"].to_pylist(), strict=True)
+    first = {}
+    for path in kept.rglob("*.parquet") if kept.is_dir() else [kept]:
+        with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows:
+                first[path] = next(file.iter_batches(1, columns=["row"]))["row"][0].as_py()
+    for path in sorted(first, key=first.__getitem__):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS, columns=["row", "text"]):
+                yield from zip(batch["row"].to_pylist(), batch["text"].to_pylist(), strict=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -57,6 +57,7 @@ def _run(config: str) -> dict[str, Any]:
     cfg = init_configs(["--config", config])
     _check_names(cfg.process)
     executor = ExecutorFactory.create_executor(cfg.executor_type)(cfg)
+    _end_with_the_parent()  # Ray has taken the signal for itself
     on_ray = cfg.executor_type == "ray"
     builder = executor.datasetbuilder if on_ray else executor.dataset_builder
     dataset = builder.load_dataset()
@@ -107,13 +108,23 @@ def _is_mapper(operator: Any) -> bool:
 
 
 def _by_source(dataset: Any, on_ray: bool) -> dict[str, int]:
-    if on_ray:
-        counted = dataset.data.groupby("source").count().take_all() if dataset.data.count() else []
-        return {row["source"]: row["count()"] for row in counted}
     counts: Counter[str] = Counter()
+    if on_ray:
+        sources = dataset.data.select_columns(["source"])
+        for row in sources.map_batches(_value_counts, batch_format="pyarrow", batch_size=None).iter_rows():
+            counts[row["values"]] += row["counts"]
+        return dict(counts)
     for table in _tables(dataset, "source"):
-        counts.update({pair["values"]: pair["counts"] for pair in table["source"].value_counts().to_pylist()})
+        for pair in _value_counts(table).to_pylist():
+            counts[pair["values"]] += pair["counts"]
     return dict(counts)
+
+
+def _value_counts(table: Any) -> Any:
+    """Columns `values` and `counts` of the column `source`."""
+    import pyarrow as pa
+
+    return pa.Table.from_struct_array(table["source"].combine_chunks().value_counts())
 
 
 def _changed(before: Any, after: Any) -> dict[str, int]:
