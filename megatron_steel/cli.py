@@ -72,6 +72,13 @@ def tokenize(inputs: list[str], **settings: Any) -> None:
     tokenize(inputs, **settings)
 
 
+def clean(inputs: list[str], **settings: Any) -> None:
+    from megatron_steel.data.clean.report import table
+    from megatron_steel.data.clean.run import clean
+
+    print(table(clean(inputs, **settings)), end="")
+
+
 def train_tokenizer(inputs: list[str], output: str, vocab_size: int, compare: list[str]) -> None:
     from megatron_steel.data.train_tokenizer import train_tokenizer
 
@@ -229,6 +236,19 @@ def _parser() -> argparse.ArgumentParser:
                    help="fail where more than this share of the rows is malformed (default: 0.001)")  # fmt: skip
     p.add_argument("--shuffle", action="store_true", help="permute the documents, for corpora that lie sorted")
     p.add_argument("--seed", type=int, default=0, help="which permutation (default: 0)")
+
+    p = verb(clean, "clean and deduplicate jsonl with data-juicer, every row accounted for (docs/clean.md)")
+    p.add_argument("inputs", nargs="+", metavar="INPUT.jsonl")
+    p.add_argument("--chain", required=True, metavar="CHAIN",
+                   help="text, code, text-original, code-original, or a YAML file")  # fmt: skip
+    p.add_argument("--output", required=True, metavar="FILE.jsonl")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    p.add_argument("--report", metavar="FILE.json", help="write the account here, and as a table to FILE.md")
+    p.add_argument("--picture", metavar="FILE.png", help="draw what each operator dropped of each source")
+    p.add_argument("--models", metavar="DIR", help="local files of operators that would download them")
+    p.add_argument("--python", metavar="PATH", help="interpreter of data-juicer's environment (default: its own)")
+    p.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS",
+                   help="run on Ray: a cluster that shares this file system (default: start one here)")  # fmt: skip
 
     p = verb(train_tokenizer, "train a sentencepiece BPE tokenizer and write it as a Hugging Face folder")
     p.add_argument("inputs", nargs="+", metavar="INPUT")
