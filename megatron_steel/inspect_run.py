@@ -23,6 +23,7 @@ from megatron_steel.recipe import Prefix, Recipe, from_dict
 if TYPE_CHECKING:
     from megatron_steel.checkpoint.commit import Checkpoint
     from megatron_steel.data.indexed import IndexedDataset
+    from megatron_steel.data.manifest import Manifest
     from megatron_steel.data.order import OrderState
 
 
@@ -32,6 +33,10 @@ class Piece:
 
     document: int
     """Number in its data set, from 0."""
+    file: str
+    """The input file that it came from, where the data set's manifest knows it; else empty."""
+    file_document: int | None
+    """Its number among the documents that came of that file, from 0."""
     start: int
     """The piece's first token, counted from the document's first."""
     ids: list[int]
@@ -125,7 +130,8 @@ def as_text(step: Step) -> Iterator[str]:
     for s in step.samples:
         yield f"\nsample {s.number:,} | rank {s.rank}, micro-batch {s.micro_batch}, row {s.row} | {s.prefix}, epoch {s.epoch}, token {s.start:,}"
         for p in s.pieces:
-            yield f"  document {p.document:,} from token {p.start:,}, {len(p.ids):,} tokens: {p.text}"
+            origin = f" ({p.file}, {p.file_document:,})" if p.file else ""
+            yield f"  document {p.document:,}{origin} from token {p.start:,}, {len(p.ids):,} tokens: {p.text}"
 
 
 def to_json(step: Step) -> dict[str, Any]:
@@ -204,6 +210,7 @@ class _Data:
                 self._prefixes[entry["digest"]] = entry.get("prefix", "")  # older checkpoints do not say it
         self._now = _prefixes(run.recipe)
         self._open: dict[str, IndexedDataset] = {}
+        self._manifests: dict[str, Manifest] = {}
 
     def sample(self, order: "OrderState", number: int, whose: tuple[int, int, int], decode: Any) -> Sample:
         place = order.locate(number)
@@ -215,7 +222,8 @@ class _Data:
             document = data.document_of(start)
             ids = data.read(start, end).tolist()
             first = int(data.document_starts(document, document + 1)[0])
-            pieces.append(Piece(document, start - first, ids, decode(ids)))
+            origin = self._manifests[place.digest].origin(document) or ("", None)
+            pieces.append(Piece(document, *origin, start - first, ids, decode(ids)))
         return Sample(number, *whose, data.prefix, place.epoch, place.start, pieces)
 
     def _dataset(self, digest: str) -> "IndexedDataset":
@@ -231,7 +239,8 @@ class _Data:
                     f"the step draws from a data set (digest {digest[:12]}...) that neither recipe nor checkpoints name"
                 )
                 raise SteelError(what, "data.train", "look at a step after which a checkpoint is still there")
-            if trust(prefix).digest != digest:
+            self._manifests[digest] = trust(prefix)
+            if self._manifests[digest].digest != digest:
                 what = f"the content of the data has changed since the step (digest {digest[:12]}... then)"
                 raise SteelError(what, f"{prefix}.bin", "restore the files")
             self._open[digest] = IndexedDataset(prefix)

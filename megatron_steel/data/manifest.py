@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.data.indexed import Facts, IndexedDataset, PathLike, bin_path, idx_path
+from megatron_steel.data.permutation import permute
 from megatron_steel.data.scan import scan
 from megatron_steel.errors import SteelError
 
@@ -35,10 +36,35 @@ class Manifest(Facts):
     idx_mtime_ns: int
     tokenizer: TokenizerFacts | None = None
     provenance: list[dict[str, Any]] = field(default_factory=list)
-    """One entry an input file: name, bytes, rows, documents, empty, malformed."""
+    """One entry an input file, in order: name, bytes, documents, what became of its rows, and `shuffled` (key and number of
+    documents) where the documents of several entries were permuted together."""
     format_version: int = FORMAT_VERSION
     head_tail_md5: str | None = None
     """`head_tail_md5` of the `.bin`; None in a manifest of an older version."""
+
+    def origin(self, document: int) -> tuple[str, int] | None:
+        """(name of the input file, number among the documents that came of it), all from 0; None where it is not known."""
+        if sum(entry["documents"] for entry in self.provenance) != self.documents:
+            return None  # a part of it came from elsewhere
+        entries = iter(self.provenance)
+        for entry in entries:
+            group, shuffle = [entry], entry.get("shuffled")
+            while shuffle and sum(e["documents"] for e in group) < shuffle["documents"]:
+                group.append(next(entries))
+            size = sum(e["documents"] for e in group)
+            if document < size:
+                inside = permute(document, size, shuffle["key"]) if shuffle else document
+                return _within(group, inside)
+            document -= size
+        return None
+
+
+def _within(entries: list[dict[str, Any]], document: int) -> tuple[str, int]:
+    for entry in entries:
+        if document < entry["documents"]:
+            return entry["name"], document
+        document -= entry["documents"]
+    raise IndexError(document)
 
 
 def manifest_path(prefix: PathLike) -> Path:

@@ -263,12 +263,13 @@ def shuffle_key(seed: int, kind: str) -> int:
 def _provenance(
     units: Sequence[readers.Unit], outcomes: Sequence[parts.Outcome], kind: str, seed: int | None
 ) -> list[dict[str, Any]]:
-    """One entry a file, without its folder: sizes, what became of its rows, and the seed where they were permuted."""
+    """One entry a file, without its folder: sizes, what became of its rows, and how documents were permuted, if they were."""
     files: dict[str, dict[str, Any]] = {}
+    documents = parts.documents(list(outcomes), kind)
+    shuffle = {} if seed is None else {"shuffled": {"key": shuffle_key(seed, kind), "documents": documents}}
     counted = ("rows", "empty", "malformed", "special")
     for unit, outcome in zip(units, outcomes, strict=True):
-        new: dict[str, Any] = {"name": Path(unit.path).name, "bytes": os.path.getsize(unit.path)}
-        new |= {} if seed is None else {"shuffled": seed}
+        new: dict[str, Any] = {"name": Path(unit.path).name, "bytes": os.path.getsize(unit.path)} | shuffle
         entry = files.setdefault(unit.path, new | dict.fromkeys(("documents", *counted), 0))
         entry["documents"] += getattr(outcome, kind)
         for key in counted:

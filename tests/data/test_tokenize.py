@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,13 @@ from processes import session, wait_for
 from megatron_steel import cli
 from megatron_steel.data import parts, readers, shuffle
 from megatron_steel.data import tokenize as room
-from megatron_steel.data.indexed import Busy, IndexedDataset
+from megatron_steel.data.indexed import Busy, IndexedDataset, IndexedWriter
 from megatron_steel.data.manifest import load, trust, verify
+from megatron_steel.data.merge import merge
 from megatron_steel.data.parallel import WorkerDied
 from megatron_steel.data.permutation import permute
 from megatron_steel.data.tokenize import tokenize
+from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError
 
 EOS = 1
@@ -426,9 +429,34 @@ def test_shuffle_is_the_stated_permutation_whatever_the_parts_and_workers(tmp_pa
         places = permute(np.arange(len(plain)), len(plain), room.shuffle_key(7, kind)).tolist()
         assert documents(tmp_path / f"two{suffix}") == [plain[i] for i in places] != plain
         assert content(tmp_path / f"one{suffix}") == content(tmp_path / f"two{suffix}")
-    assert [entry["shuffled"] for entry in made.provenance] == [7]
+    shuffled = {"key": room.shuffle_key(7, "training"), "documents": made.documents}
+    assert [entry["shuffled"] for entry in made.provenance] == [shuffled]
     assert verify(tmp_path / "two").documents == made.documents
     assert not list(tmp_path.glob("*.parts"))
+
+
+def test_every_document_knows_the_file_that_it_came_from(tmp_path, tiny_tokenizer):
+    """Through a permutation of several files, and through a merge."""
+    sources, texts = [], {}
+    for i, name in enumerate(("a", "b", "c")):
+        texts[f"{name}.jsonl"] = [f"w{10 + i} w{20 + j}" for j in range(7 + i)]
+        sources.append(tmp_path / f"{name}.jsonl")
+        sources[-1].write_bytes(lines(["", *texts[f"{name}.jsonl"]]))
+    tokenize(sources, tiny_tokenizer, tmp_path / "plain", workers=1)
+    tokenize(sources[:2], tiny_tokenizer, tmp_path / "mixed", workers=1, shuffle=True, seed=3)
+    tokenize(sources[2:], tiny_tokenizer, tmp_path / "also", workers=1, shuffle=True, seed=3)
+    merged = merge([tmp_path / "mixed", tmp_path / "plain", tmp_path / "also"], tmp_path / "merged")
+    decode = load_tokenizer(tiny_tokenizer).decode
+    seen = Counter()
+    with IndexedDataset(tmp_path / "merged") as data:
+        for number in range(data.documents):
+            name, inside = merged.origin(number)
+            assert decode(data.document(number)[:-1].tolist()) == texts[name][inside]
+            seen[name, inside] += 1
+    assert seen == {(name, i): 2 for name, known in texts.items() for i in range(len(known))}
+    with IndexedWriter(tmp_path / "foreign", np.uint16) as writer:
+        writer.add_document([3, 4])
+    assert merge([tmp_path / "foreign", tmp_path / "plain"], tmp_path / "more").origin(1) is None
 
 
 def test_another_seed_is_another_order(tmp_path, tiny_tokenizer):
