@@ -111,10 +111,15 @@ def audit(source: str, **settings: Any) -> None:
     audit(source, **settings)
 
 
-def generate(model: str, prompt: str, max_new_tokens: int, greedy: bool, trust_code: bool) -> None:
+def generate(model: str, prompt: str | None, chat: bool, **settings: Any) -> None:
+    if chat:
+        from megatron_steel.post.chat import chat as talk
+
+        talk(model, **settings)
+        return
     from megatron_steel.post.generate import generate
 
-    print(generate(model, prompt, max_new_tokens, greedy=greedy, trust_code=trust_code))
+    print(generate(model, prompt or "", **settings))
 
 
 def evaluate(models: list[str], tasks: str, **settings: Any) -> None:
@@ -196,7 +201,9 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(generate, "let an exported model write")
     p.add_argument("model", metavar="HF_DIR")
-    p.add_argument("--prompt", required=True)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt")
+    what.add_argument("--chat", action="store_true", help="talk with it: one line a turn, /exit or Ctrl-D ends")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--greedy", action="store_true", help="always the likeliest token (default: sample)")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
@@ -204,7 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(evaluate, "score models with lm-evaluation-harness (extra: eval) or by their written answers")
     p.add_argument("models", nargs="+", metavar="HF_DIR", help="a model, or a folder of models (a run, its exports)")
     p.add_argument("--tasks", required=True, help="comma-separated, for example ceval-valid,cmmlu,mmlu")
-    p.add_argument("--data", metavar="DIR", help="a local folder with ceval-exam/, cmmlu/, mmlu/ CSV files, or one of them")
+    p.add_argument(
+        "--data", metavar="DIR", help="a local folder that holds ceval-exam/, cmmlu/, mmlu/, or one of these"
+    )
     p.add_argument("--json", metavar="FILE", help="write the scores here too")
     p.add_argument("--protocol", default="loglikelihood", metavar="NAME",
                    help="loglikelihood (default), steel-chat (0-shot chat, answers in writing), or both")  # fmt: skip

@@ -81,7 +81,7 @@ def read(benchmark: Benchmark, data: Path) -> dict[str, dict[str, list[Question]
         files = {split: folder / benchmark.path(split, subject) for split in ("dev", benchmark.scored)}
         if all(file.is_file() for file in files.values()):
             found[subject] = {split: _questions(benchmark, subject, file) for split, file in files.items()}
-            _refuse_shared(found[subject]["dev"], found[subject][benchmark.scored], files[benchmark.scored])
+            _refuse_shared(benchmark, found[subject], files[benchmark.scored])
     if not found:
         wanted = " and ".join(benchmark.path(split, "SUBJECT") for split in ("dev", benchmark.scored))
         raise SteelError(f"there is no {benchmark.task} subject here", data,
@@ -174,8 +174,9 @@ def _rows(benchmark: Benchmark, file: Path) -> list[list[str]]:
     return [[row[place] for place in places] for row in rows]
 
 
-def _refuse_shared(examples: list[Question], scored: list[Question], file: Path) -> None:
-    both = {(q.text, q.options) for q in examples} & {(q.text, q.options) for q in scored}
-    if both:
-        raise SteelError(f"a question is scored and stands in dev too, with its answer: {next(iter(both))[0][:40]!r}", file,
+def _refuse_shared(benchmark: Benchmark, splits: dict[str, list[Question]], file: Path) -> None:
+    # With its choices: published files ask "which of these is right?" in both splits, about different things.
+    dev, scored = ({(asked.text, asked.options) for asked in splits[split]} for split in ("dev", benchmark.scored))
+    if dev & scored:
+        raise SteelError(f"a question stands in dev and in {benchmark.scored}: {min(dev & scored)[0][:40]!r}", file,
                          "take the examples from questions that are not scored")  # fmt: skip

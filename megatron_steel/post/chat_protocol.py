@@ -15,11 +15,12 @@ from typing import Any
 from megatron_steel.errors import SteelError
 from megatron_steel.post.benchmarks import LETTERS, Question
 from megatron_steel.post.extract import extract_choice
+from megatron_steel.post.generate import SEED, seeded
 from megatron_steel.post.load import Loaded
+from megatron_steel.post.turns import chat_ids, stop_ids
 
 NAME = "steel-chat"
 SYSTEM = "You are a helpful assistant."
-_SEED = 1234
 _BATCH = 16
 _CHINESE = "以下是一道单选题:\n{question}\n\n{options}请给出答案。\n"
 _ENGLISH = (
@@ -69,48 +70,20 @@ def answer(
             "answer": asked.answer, "given": given, "right": given == asked.answer, "reply": reply,
         })  # fmt: skip
     facts = {"few_shot": 0, "system": SYSTEM, "prompt": _ASKED[task][0], "decoding": "greedy", "max_new_tokens": limit,
-             "seed": _SEED}  # fmt: skip
+             "seed": SEED}  # fmt: skip
     return items, facts
-
-
-def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """A conversation as the model reads it before it writes its next turn. Raises SteelError where no template fits."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise SteelError("the tokenizer has no chat template", getattr(tokenizer, "name_or_path", "tokenizer"),
-                         "use a chat model's folder, or add `chat_template` to its tokenizer_config.json")  # fmt: skip
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise SteelError(f"the chat template does not take these turns: {error}", getattr(tokenizer, "name_or_path", "tokenizer"),
-                         "use the template that the model was trained with: system, user and assistant turns") from error  # fmt: skip
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def stop_ids(loaded: Loaded) -> list[int]:
-    """The tokens that end a turn: the folder's own, the tokenizer's, and <|im_end|> where there is one."""
-    named = loaded.model.generation_config.eos_token_id
-    found = {*(named if isinstance(named, list) else [named]), loaded.tokenizer.eos_token_id}
-    if "<|im_end|>" in (vocabulary := loaded.tokenizer.get_vocab()):
-        found.add(vocabulary["<|im_end|>"])
-    return sorted(found - {None})
 
 
 def written(loaded: Loaded, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> list[str]:
     """What the model writes after each prompt, greedily, in the prompts' order; equal for every batch size."""
-    import torch
-
     longest = max(map(len, prompts), default=0) + max_new_tokens
     reach = getattr(loaded.model.config, "max_position_embeddings", None)
     if reach is not None and longest > reach:
         raise SteelError(f"a question and {max_new_tokens} new tokens are {longest} tokens, and the model reaches {reach}",
                          "--max-new-tokens", f"allow at most {max(reach - longest + max_new_tokens, 0)}")  # fmt: skip
     stops = stop_ids(loaded)
-    devices = [loaded.device] if loaded.device.type == "cuda" else []
     replies = [""] * len(prompts)
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(_SEED)
+    with seeded(loaded):  # greedy needs no luck, but a model may bring its own
         for places in _batches(prompts, batch_size):
             new_BT = _generate(loaded, [prompts[place] for place in places], max_new_tokens, stops)
             for place, ids in zip(places, new_BT, strict=True):

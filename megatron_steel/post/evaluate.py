@@ -20,6 +20,7 @@ from megatron_steel.model import verdict
 from megatron_steel.post import chat_protocol, harness, scores
 from megatron_steel.post.benchmarks import BENCHMARKS
 from megatron_steel.post.load import Loaded, load
+from megatron_steel.post.turns import chat_ids
 
 PROTOCOLS = (harness.NAME, chat_protocol.NAME, "both")
 Audit = Callable[[Path, bool], dict[str, Any]]
@@ -62,7 +63,7 @@ def evaluate(
     """
     from megatron_steel.post import compare
 
-    _check(tasks, protocol, max_new_tokens)
+    _check(tasks, protocol, max_new_tokens, picture)
     for file, what in ((json, "scores"), (items, "items"), (picture, "picture")):
         scores.require_folder(file, what)
     folders = compare.model_folders([models] if isinstance(models, str) else list(models))
@@ -88,11 +89,13 @@ def evaluate(
     return whole
 
 
-def _check(tasks: list[str], protocol: str, max_new_tokens: int | None) -> None:
+def _check(tasks: list[str], protocol: str, max_new_tokens: int | None, picture: str | None) -> None:
     if protocol not in PROTOCOLS:
         raise SteelError(f"there is no protocol {protocol!r}", "--protocol", f"use one of {', '.join(PROTOCOLS)}")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise SteelError(f"{max_new_tokens} new tokens are none", "--max-new-tokens", "ask for at least 1")
+    if picture is not None and not set(tasks) & set(BENCHMARKS):
+        raise SteelError("there is nothing to draw", "--picture", f"score one of {', '.join(BENCHMARKS)}")
     silent = [task for task in tasks if task not in BENCHMARKS] if protocol != harness.NAME else []
     if silent:
         raise SteelError(f"{protocol} does not know how to ask {silent[0]!r}", "--tasks",
@@ -116,7 +119,7 @@ def _score_folder(
         raise SteelError("the harness needs a Hugging Face tokenizer, and the folder has none", folder,
                          "train with a tokenizer folder instead of a .model file")  # fmt: skip
     if protocol != harness.NAME:
-        chat_protocol.chat_ids(loaded.tokenizer, [{"role": "system", "content": ""}, {"role": "user", "content": ""}])
+        chat_ids(loaded.tokenizer, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
     report = verdict.read_verdict(folder)
     if report is None and audit is not None:
         report = audit(folder, trust_code)
