@@ -32,7 +32,7 @@ def _greedy(model, words, text: str) -> str:
     with torch.no_grad():
         for _ in range(NEW):
             ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-            if names[ids[-1]] == "<|im_end|>":
+            if names[ids[-1]] in ("<|im_end|>", "<eos>"):
                 break
             reply += names[ids[-1]]
     return reply
