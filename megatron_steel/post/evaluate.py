@@ -19,7 +19,7 @@ from megatron_steel.errors import SteelError
 from megatron_steel.model import verdict
 from megatron_steel.post import chat_protocol, harness, scores
 from megatron_steel.post.benchmarks import BENCHMARKS
-from megatron_steel.post.load import Loaded, load
+from megatron_steel.post.load import Loaded, load, load_tokenizer
 from megatron_steel.post.turns import chat_ids
 
 PROTOCOLS = (harness.NAME, chat_protocol.NAME, "both")
@@ -71,6 +71,8 @@ def evaluate(
         compare.require_steps(folders)
     harness.require_harness()
     questions = harness.Harness(tasks, data)
+    for folder in folders:  # all of them before the first is scored, which may take hours
+        _check_folder(folder, protocol, trust_code)
     lines: list[dict[str, Any]] = []
     results = []
     for folder in folders:
@@ -102,6 +104,15 @@ def _check(tasks: list[str], protocol: str, max_new_tokens: int | None, picture:
                          f"choose from {', '.join(BENCHMARKS)}, or --protocol {harness.NAME}")  # fmt: skip
 
 
+def _check_folder(folder: Path, protocol: str, trust_code: bool) -> None:
+    tokenizer = load_tokenizer(str(folder), trust_code)
+    if tokenizer is None:
+        raise SteelError("the harness needs a Hugging Face tokenizer, and the folder has none", folder,
+                         "train with a tokenizer folder instead of a .model file")  # fmt: skip
+    if protocol != harness.NAME:
+        chat_ids(tokenizer, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
+
+
 def _score_folder(
     folder: Path,
     tasks: list[str],
@@ -115,11 +126,6 @@ def _score_folder(
     from megatron_steel.post.compare import step_of
 
     loaded = load(str(folder), trust_code)
-    if loaded.tokenizer is None:
-        raise SteelError("the harness needs a Hugging Face tokenizer, and the folder has none", folder,
-                         "train with a tokenizer folder instead of a .model file")  # fmt: skip
-    if protocol != harness.NAME:
-        chat_ids(loaded.tokenizer, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
     report = verdict.read_verdict(folder)
     if report is None and audit is not None:
         report = audit(folder, trust_code)
@@ -146,10 +152,11 @@ def _score_task(
     max_new_tokens: int | None,
     blind: bool,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The score of one task, and its items where it is one of the benchmarks."""
+    """The score of one task, and its items."""
     benchmark = BENCHMARKS.get(task)
     if benchmark is None:
-        return {"protocol": harness.NAME, **questions.score(model, task)}, []
+        score, items = questions.score(model, task)
+        return {"protocol": harness.NAME, **score}, [{"protocol": harness.NAME, **item} for item in items]
     by_name, lines = {}, []
     if protocol != chat_protocol.NAME:
         items, facts = questions.items(model, benchmark)
@@ -186,7 +193,7 @@ def _verdict(report: dict[str, Any] | None, blind: bool) -> dict[str, Any]:
 def _write(result: dict[str, Any], lines: list[dict[str, Any]], json: str | None, items: str | None) -> None:
     if items is not None:
         with scores.replacing(Path(items)) as out:
-            out.writelines(json_format.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            out.writelines(json_format.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
     if json is not None:
         with scores.replacing(Path(json)) as out:
             json_format.dump(result, out, indent=1, ensure_ascii=False)

@@ -76,25 +76,32 @@ class Harness:
         return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=_BATCH if batch else 1,
                     device=str(loaded.device))  # fmt: skip
 
-    def score(self, model: Any, task: str) -> dict[str, Any]:
-        """What the harness finds for any task, as it says it: metrics, "n", "version", "few_shot", "parts"."""
-        found = self._run(model, [task], None, False)
+    def score(self, model: Any, task: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What the harness finds for any task, as it says it: metrics, "n", "version", "few_shot", "parts"; and its items."""
+        found = self._run(model, [task], None)
         own = found["results"].get(task, {})  # a tag has no figure of its own
         metrics = {key.removesuffix(",none"): value for key, value in own.items() if key.endswith(",none")}
         used = sorted(set(found["n-shot"].values()))
-        return {
+        score = {
             **metrics,
             "n": sum(counts["effective"] for counts in found["n-samples"].values()),
             "version": found["versions"].get(task),
             "few_shot": used[0] if len(used) == 1 else used,
             "parts": found["results"] if len(found["n-samples"]) > 1 else {},
         }
+        items = [
+            {"subject": name, "number": sample["doc_id"], "document": sample["doc"], "target": sample["target"],
+             **{metric: sample[metric] for metric in sample["metrics"]}}
+            for name, samples in sorted(found["samples"].items())
+            for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+        ]  # fmt: skip
+        return score, items
 
     def items(self, model: Any, benchmark: Benchmark) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Every question of a benchmark, scored; and the task's version and number of examples in the prompt."""
         rows = self._rows.get(benchmark.task)
         tasks = [benchmark.task] if rows is None else local_tasks(benchmark, rows)
-        found = self._run(model, tasks, FEW_SHOT if rows is None else None, True)
+        found = self._run(model, tasks, FEW_SHOT if rows is None else None)
         items = []
         for name, samples in sorted(found["samples"].items()):
             subject = name.removeprefix(f"{benchmark.task}_")
@@ -116,11 +123,11 @@ class Harness:
             found += [question(benchmark, subject, number, row) for number, row in enumerate(task.eval_docs)]
         return found
 
-    def _run(self, model: Any, tasks: list[Any], shots: int | None, samples: bool) -> dict[str, Any]:
+    def _run(self, model: Any, tasks: list[Any], shots: int | None) -> dict[str, Any]:
         from lm_eval.evaluator import simple_evaluate
 
         return simple_evaluate(model=model, tasks=tasks, task_manager=self._manager, num_fewshot=shots, bootstrap_iters=0,
-                               log_samples=samples)  # fmt: skip
+                               log_samples=True)  # fmt: skip
 
 
 def local_tasks(benchmark: Benchmark, rows: Rows) -> list[dict[str, Any]]:

@@ -96,13 +96,16 @@ def test_bad_commands_are_named_before_a_model_is_opened(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dev", "val"]
 
 
-def test_another_models_tokenizer_and_a_missing_template_are_named(tmp_path):
+def test_another_models_tokenizer_and_a_missing_template_are_named(tmp_path, capsys):
     import json
 
     write_ceval(tmp_path / "data", ["law"])
     write_letters(tmp_path / "model", template=None)
+    write_letters(tmp_path / "chat")
+    both = [str(tmp_path / name) for name in ("chat", "model")]
     with pytest.raises(SteelError, match="the tokenizer has no chat template"):
-        evaluate(str(tmp_path / "model"), ["ceval-valid"], data=str(tmp_path / "data"), protocol="steel-chat")
+        evaluate(both, ["ceval-valid"], data=str(tmp_path / "data"), protocol="steel-chat")
+    assert "chat" not in capsys.readouterr().out  # said before the first was scored
     file = tmp_path / "model" / "tokenizer.json"
     tree = json.loads(file.read_text())
     tree["model"]["vocab"] |= {f"extra{i}": 200 + i for i in range(9)}
