@@ -42,12 +42,12 @@ _THINKS = (
 )
 _ABOUT = r"\s*(?:选?项)?\s*(?:的?(?:说法|描述|表述|叙述|内容))?\s*:?\s*"
 _CORRECT = (
-    rf"@{_CLOSE}{_ABOUT}(?:是|最|完全){0, 3}(?:正确|对(?=的|了|吧|[\s。.,;:!)]|$)|符合题意)"
+    rf"@{_CLOSE}{_ABOUT}(?:是|最|完全){{0,3}}(?:正确|对(?=的|了|吧|[\s。.,;:!)]|$)|符合题意)"
     rf"|@{_CLOSE}\s*(?:is|must be|seems)\s+(?:the\s+)?(?:correct|right|true|best)\b"
 )
 _DENIED = (
     r"(?:不(?:能|应该?|会|可以?|该)?(?:是|选择?|为)|并非|排除(?:了|掉)?)\s*@@(?:选?项)?"
-    rf"|@@{_ABOUT}(?:也|都|均|显然|是|则|明显){0, 3}(?:不|错|有误|并非|可以?排除|被排除)[对正确符合题意成立误的]{0, 6}"
+    rf"|@@{_ABOUT}(?:也|都|均|显然|是|则|明显){{0,3}}(?:不|错|有误|并非|可以?排除|被排除)[对正确符合题意成立误的]{{0,6}}"
     r"|(?:\bnot|n't|\brul\w+ out|\beliminat\w+|\bexclud\w+|\binstead of|\brather than)\s+@@"
     r"|@@\s*(?:is|are)(?: also| clearly)?\s*(?:not\b|n't\b|wrong\b|incorrect\b|false\b)(?:\s+(?:correct|right|true))?"
 )
