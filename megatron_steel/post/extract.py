@@ -42,7 +42,7 @@ _THINKS = (
 )
 _ABOUT = r"\s*(?:选?项)?\s*(?:的?(?:说法|描述|表述|叙述|内容))?\s*:?\s*"
 _CORRECT = (
-    rf"@{_CLOSE}{_ABOUT}(?:是|最|完全){{0,3}}(?:正确|对(?=的|了|吧|[\s。.,;:!)]|$)|符合题意)"
+    rf"@{_CLOSE}{_ABOUT}(?:是|最|完全){{0,3}}(?:正确|对(?=的|了|吧|[\s。.,;:!)]|$)|符合题意|最?合适|最符合)"
     rf"|@{_CLOSE}\s*(?:is|must be|seems)\s+(?:the\s+)?(?:correct|right|true|best)\b"
 )
 _DENIED = (
@@ -55,7 +55,8 @@ _FIRST = r"\A@@(?=\s*(?:$|[.。,、:;)!\n]|因为|由于|选?项|because\b|since
 _LAST_LINE = rf"(?m)^{_OPEN}@{_CLOSE}(?=\s*(?:[.。!]?\s*|[.、:]\s*\S.*)\Z)"
 _NAMED = r"(?:选项|\boption|\bchoice)\s*[(\[]?@|[(\[【「]\s*@\s*[)\]】」]|@\s*选?项"
 _LISTED = r"(?:^|[\s。;,])\(?@\s*[.、:)]"
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d])")
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?!\d)")
+_LATEX = re.compile(r"\\(?:boxed|text|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
 def extract_choice(reply: str, options: Sequence[str]) -> str | None:
@@ -112,7 +113,9 @@ def _clean(text: str) -> str:
     text = text.rpartition("</think>")[2]
     text = re.split(r"<think>|<\|im_end\|>|<\|endoftext\|>", text)[0]
     text = unicodedata.normalize("NFKC", text)
-    text = re.sub(r"\\(?:boxed|text|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", re.sub(r"[*`$]|\\[()\[\]]", "", text))
+    text = re.sub(r"[*`$]|\\[()\[\]]", "", text)
+    for _ in range(2):  # \boxed{\text{C}}
+        text = _LATEX.sub(r" \1 ", text)
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
     return _ALONE.sub(lambda m: m[0].upper() if m["letter"] else m[0].lower(), text).strip()
 
