@@ -126,11 +126,11 @@ def document(benchmark: Benchmark, question: Question) -> dict[str, Any]:
 
 
 def question(benchmark: Benchmark, subject: str, number: int, row: dict[str, Any]) -> Question:
-    """The question in a row of the published data set."""
+    """The question in a row of the published data set; `datasets` may have taken a column of numbers for numbers."""
     if benchmark.numbered:
-        return Question(subject, number, row["question"], tuple(row["choices"]), LETTERS[row["answer"]])
+        return Question(subject, number, row["question"], tuple(map(str, row["choices"])), LETTERS[row["answer"]])
     text, *options, answer = benchmark.columns or ()
-    return Question(subject, number, row[text], tuple(row[option] for option in options), row[answer])
+    return Question(subject, number, row[text], tuple(str(row[option]) for option in options), row[answer])
 
 
 def _questions(benchmark: Benchmark, subject: str, file: Path) -> list[Question]:

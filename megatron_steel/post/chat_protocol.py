@@ -9,7 +9,7 @@ temperature 0.001 without a seed), no repetition penalty (CMMLU had 1.1), no clo
 an answer that is not there, and no reply without one is left out. Must not know the harness, files or other models.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_steel.errors import SteelError
@@ -76,6 +76,8 @@ def answer(
 
 def written(loaded: Loaded, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> list[str]:
     """What the model writes after each prompt, greedily, in the prompts' order; equal for every batch size."""
+    from tqdm import tqdm
+
     longest = max(map(len, prompts), default=0) + max_new_tokens
     reach = getattr(loaded.model.config, "max_position_embeddings", None)
     if reach is not None and longest > reach:
@@ -84,7 +86,7 @@ def written(loaded: Loaded, prompts: Sequence[Sequence[int]], max_new_tokens: in
     stops = stop_ids(loaded)
     replies = [""] * len(prompts)
     with seeded(loaded):  # greedy needs no luck, but a model may bring its own
-        for places in _batches(prompts, batch_size):
+        for places in tqdm(_batches(prompts, batch_size), desc=NAME, disable=None):  # None: on a terminal alone
             new_BT = _generate(loaded, [prompts[place] for place in places], max_new_tokens, stops)
             for place, ids in zip(places, new_BT, strict=True):
                 end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
@@ -96,11 +98,10 @@ def _conversation(task: str, asked: Question) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user_turn(task, asked)}]
 
 
-def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+def _batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """Places of prompts of about one length, the longest first: too little memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _generate(loaded: Loaded, prompts: list[Sequence[int]], max_new_tokens: int, stops: list[int]) -> list[list[int]]:

@@ -12,15 +12,15 @@ from megatron_steel.errors import SteelError
 
 
 def model_folders(named: list[str]) -> list[Path]:
-    """The Hugging Face folders that are meant, of each folder of folders by step.
+    """The Hugging Face folders that are meant; those in a run's exports, or in any folder, by step.
 
-    Raises SteelError where a folder of folders holds none, or one is meant twice.
+    Raises SteelError where one is meant twice. Whether each can be loaded is not looked at.
     """
     found: list[Path] = []
     for name in named:
         folder = Path(name)
         holder = folder / "exports" if (folder / "exports").is_dir() else folder
-        inner = [path.parent for path in holder.glob("*/config.json")]
+        inner = [path.parent for path in holder.glob("[!.]*/config.json")]  # a dot: being written
         if (folder / "config.json").is_file() or not folder.is_dir() or not inner:
             found.append(folder)  # `load` says what is wrong with it
         else:

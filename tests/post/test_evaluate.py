@@ -1,6 +1,7 @@
 """C-Eval scores by the real harness equal log-likelihoods worked out by hand over the same prompts."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -160,3 +161,41 @@ def test_a_folder_without_a_verdict_is_audited_first_and_the_scores_say_what_it_
     assert ("this model sees the future" in said.err) == (kind != "causal")
     assert ("has no audit.json: it is audited first" in said.err) == (kind != "known")
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+
+
+NATIVE = """
+import sys
+from megatron_steel import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_local_folder_scores_as_the_harness_with_its_own_data_set(letters, tmp_path):
+    """The harness's untouched `ceval-valid`, its data set standing where the hub's name points to, against --data."""
+    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+    from megatron_steel.post.benchmarks import BENCHMARKS, shipped_files
+
+    subjects = list(shipped_files(BENCHMARKS["ceval-valid"]))
+    hub = tmp_path / "ceval" / "ceval-exam"
+    write_ceval(hub, subjects, dev=5, val=2)
+    parts = "".join(
+        f"- config_name: {s}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {split}/{s}_{split}.csv\n" for split in ("dev", "val"))
+        for s in subjects
+    )
+    (hub / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    ways = {"native": [], "local": ["--data", str(hub)]}
+    for way, words in ways.items():
+        command = ["evaluate", str(letters[0]), "--tasks", "ceval-valid", "--protocol", "both", "--max-new-tokens", "2",
+                   "--json", str(tmp_path / f"{way}.json"), "--items", str(tmp_path / f"{way}.jsonl"), *words]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", NATIVE, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    native, local = (json.loads((tmp_path / f"{way}.json").read_text()) for way in ways)
+    assert native == local
+    assert (native["ceval-valid"]["n"], native["ceval-valid"]["few_shot"]) == (104, 5)
+    assert len(native["ceval-valid"]["subjects"]) == 52
+    assert (tmp_path / "native.jsonl").read_text() == (tmp_path / "local.jsonl").read_text()
