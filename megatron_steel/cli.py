@@ -168,17 +168,22 @@ def audit(source: str, **settings: Any) -> None:
     audit(source, **settings)
 
 
-def generate(model: str, prompt: str, max_new_tokens: int, greedy: bool, trust_code: bool) -> None:
+def generate(model: str, prompt: str | None, chat: bool, **settings: Any) -> None:
+    if chat:
+        from megatron_steel.post.chat import chat as talk
+
+        talk(model, **settings)
+        return
     from megatron_steel.post.generate import generate
 
-    print(generate(model, prompt, max_new_tokens, greedy=greedy, trust_code=trust_code))
+    print(generate(model, prompt or "", **settings))
 
 
-def evaluate(model: str, tasks: str, **settings: Any) -> None:
+def evaluate(models: list[str], tasks: str, **settings: Any) -> None:
     from megatron_steel.audit import verdict_of
     from megatron_steel.post.evaluate import evaluate
 
-    evaluate(model, tasks.split(","), **settings, audit=verdict_of)
+    evaluate(models, tasks.split(","), **settings, audit=verdict_of)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -299,16 +304,26 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(generate, "let an exported model write")
     p.add_argument("model", metavar="HF_DIR")
-    p.add_argument("--prompt", required=True)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt")
+    what.add_argument("--chat", action="store_true", help="talk with it: one line a turn, /exit or Ctrl-D ends")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--greedy", action="store_true", help="always the likeliest token (default: sample)")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
-    p = verb(evaluate, "score a model with lm-evaluation-harness (extra: eval)")
-    p.add_argument("model", metavar="HF_DIR")
-    p.add_argument("--tasks", required=True, help="comma-separated, for example ceval-valid")
-    p.add_argument("--data", metavar="DIR", help="a local C-Eval folder with dev/ and val/ CSV files")
+    p = verb(evaluate, "score models with lm-evaluation-harness (extra: eval) or by their written answers")
+    p.add_argument("models", nargs="+", metavar="HF_DIR", help="a model, or a folder of models (a run, its exports)")
+    p.add_argument("--tasks", required=True, help="comma-separated, for example ceval-valid,cmmlu,mmlu")
+    p.add_argument(
+        "--data", metavar="DIR", help="a local folder that holds ceval-exam/, cmmlu/, mmlu/, or one of these"
+    )
     p.add_argument("--json", metavar="FILE", help="write the scores here too")
+    p.add_argument("--protocol", default="loglikelihood", metavar="NAME",
+                   help="loglikelihood (default), steel-chat (0-shot chat, answers in writing), or both")  # fmt: skip
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="longest reply (default: the protocol's own)")
+    p.add_argument("--items", metavar="FILE", help="write one JSON line a question here")
+    p.add_argument("--tensorboard", metavar="DIR", help="write the scores against the exports' steps here")
+    p.add_argument("--picture", metavar="FILE", help="write a bar chart beside published scores here (PNG)")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
     return parser
 

@@ -4,7 +4,9 @@ A Steel folder whose code files are this package's own, byte for byte, is built 
 other code needs `trust_code`. Knows nothing of prompts or scores.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +34,56 @@ def load(model_dir: str, trust_code: bool = False) -> Loaded:
         trust_code: allow modelling and tokenizer code that lies in the folder.
 
     Raises:
-        SteelError: no such folder, an unreadable one, or foreign code without `trust_code`.
+        SteelError: no such folder, an unreadable one, foreign code without `trust_code`, or another model's tokenizer.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    folder, own = _allowed(model_dir, trust_code)
+    gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {"dtype": torch.bfloat16 if gpu else torch.float32, "local_files_only": True}
+    with _named(folder):
+        if own:
+            from megatron_steel.model.modeling_steel import SteelForCausalLM
+
+            model: Any = SteelForCausalLM.from_pretrained(folder, **settings)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_code, **settings)
+        tokenizer = _tokenizer(folder, model.config, trust_code)
+    embedded = model.get_input_embeddings().num_embeddings
+    if tokenizer is not None and len(tokenizer) > embedded:
+        raise SteelError(f"the tokenizer has {len(tokenizer):,} tokens and the model only {embedded:,}: it is another model's",
+                         folder, "put the tokenizer that the model was trained with into the folder")  # fmt: skip
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    return Loaded(model.eval().to(device), tokenizer, device)
+
+
+def load_tokenizer(model_dir: str, trust_code: bool = False) -> Any:
+    """A folder's tokenizer without its weights, to refuse early what `load` would refuse late. None: it has only a .model."""
+    from transformers import AutoConfig
+
+    folder, own = _allowed(model_dir, trust_code)
+    with _named(folder):
+        if own:
+            from megatron_steel.model.configuration_steel import SteelConfig
+
+            config: Any = SteelConfig.from_pretrained(folder, local_files_only=True)
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_code)
+        return _tokenizer(folder, config, trust_code)
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a broken folder makes transformers raise
+        what = f"transformers cannot load this folder: {type(error).__name__}: {error}"
+        raise SteelError(what, folder, "name a folder that `megatron-steel export` or save_pretrained wrote") from error
+
+
+def _allowed(model_dir: str, trust_code: bool) -> tuple[Path, bool]:
+    """The folder, and whether its code is this package's own. Raises SteelError where foreign code would run unasked."""
     folder = Path(model_dir)
     tree = _config_json(folder)
     own = is_own_code(folder, tree)
@@ -46,23 +93,7 @@ def load(model_dir: str, trust_code: bool = False) -> Loaded:
             folder,
             "read the .py files there, then add --trust-code",
         )
-    gpu = torch.cuda.is_available()
-    settings: dict[str, Any] = {"dtype": torch.bfloat16 if gpu else torch.float32, "local_files_only": True}
-    try:
-        if own:
-            from megatron_steel.model.modeling_steel import SteelForCausalLM
-
-            model: Any = SteelForCausalLM.from_pretrained(folder, **settings)
-            config: Any = model.config
-        else:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_code)
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_code, **settings)
-        tokenizer = _tokenizer(folder, config, trust_code)
-    except Exception as error:  # whatever a broken folder makes transformers raise
-        what = f"transformers cannot load this folder: {type(error).__name__}: {error}"
-        raise SteelError(what, folder, "name a folder that `megatron-steel export` or save_pretrained wrote") from error
-    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
-    return Loaded(model.eval().to(device), tokenizer, device)
+    return folder, own
 
 
 def _config_json(folder: Path) -> dict[str, Any]:
