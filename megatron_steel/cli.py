@@ -52,6 +52,20 @@ def recipes(show: list[str]) -> None:
     print(recipe.recipe_path(show[1]).read_text(encoding="utf-8"), end="")
 
 
+def prepare(source: str, inputs: list[str], output: str | None, fetch: str | None, **options: Any) -> None:
+    hub, sample = options.pop("hub"), options.pop("sample")
+    if fetch and not inputs and not output:
+        from megatron_steel.data.fetch import fetch as download
+
+        download(source, fetch, hub, sample)
+        return
+    if fetch or not output or not inputs:
+        raise _usage("megatron-steel prepare SOURCE INPUT... --output FILE.jsonl, or prepare SOURCE --fetch DIR")
+    from megatron_steel.data.prepare import prepare, table
+
+    print(table(prepare(source, inputs, output, **options)))
+
+
 def tokenize(inputs: list[str], **settings: Any) -> None:
     from megatron_steel.data.tokenize import tokenize
 
@@ -147,6 +161,25 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(recipes, "list the shipped recipes, or show one")
     p.add_argument("show", nargs="*", metavar="show NAME")
+
+    p = verb(prepare, "files of a known corpus to one jsonl file of texts, or fetch the corpus from a hub")
+    p.add_argument("source", metavar="SOURCE", help="skypile, zhihu-kol, messages, ...: docs/prepare.md has them all")
+    p.add_argument("inputs", nargs="*", metavar="INPUT")
+    p.add_argument("--output", metavar="FILE.jsonl")
+    p.add_argument("--tokenizer", metavar="DIR", help="use this folder's chat template and special tokens")
+    p.add_argument("--nfkc", action="store_true", help="fold full-width and compatibility characters (not for code)")
+    p.add_argument("--min-upvotes", type=int, default=100, metavar="N", help="for zhihu-kol (default: 100)")
+    p.add_argument("--decontaminate", nargs="+", default=[], metavar="BENCHMARK",
+                   help="files or folders of benchmarks: report the rows that hold their questions")  # fmt: skip
+    p.add_argument("--remove-contaminated", action="store_true", help="leave these rows out")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    p.add_argument("--max-malformed-ratio", type=float, default=0.001, metavar="R",
+                   help="fail where more than this share of the rows is broken (default: 0.001)")  # fmt: skip
+    p.add_argument("--max-reject-ratio", type=float, default=1.0, metavar="R",
+                   help="fail where more than this share of the rows is rejected (default: 1, never)")  # fmt: skip
+    p.add_argument("--fetch", metavar="DIR", help="download the corpus into this folder instead")
+    p.add_argument("--hub", choices=("huggingface", "modelscope"), default="huggingface", help="where --fetch looks")
+    p.add_argument("--sample", metavar="SIZE", help="with --fetch: whole files up to this size, as in 1GB")
 
     p = verb(tokenize, "jsonl, parquet or text to PREFIX.bin/.idx")
     p.add_argument("inputs", nargs="+", metavar="INPUT")

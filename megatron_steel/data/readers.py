@@ -2,10 +2,11 @@
 
 A file is cut into units that workers read alone: byte ranges of a plain jsonl file, row groups of a parquet file,
 and the whole of anything else (a compressed file cannot be entered in the middle: many files feed many workers).
-Memory holds one row, one parquet batch or one text file at a time. Must not know tokenizers or the output.
+`rows` gives one text a row, `records` all its fields; memory holds one row, one parquet batch or one text file at a
+time. Must not know tokenizers, corpora or the output.
 
     .jsonl .json     one JSON object a line; a file that begins with `[` is one array of objects and no more
-    .parquet         one row, one document; only the text column is read
+    .parquet         one row, one document; `rows` reads the text column alone
     .txt             the whole file is one document (at most 64 MB), line ends as they are
 """
 
@@ -17,10 +18,10 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from megatron_steel.errors import SteelError
 
@@ -54,6 +55,20 @@ class Row:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class Record:
+    """A whole row, under the rules of `Row`: fields and no problem, a problem and no fields, or neither."""
+
+    number: int
+    fields: dict[str, Any] | None
+    problem: str = ""
+
+
+R = TypeVar("R", Row, Record)
+Made = Callable[[int, Any], R]  # number and parsed value to a row
+Bad = Callable[..., R]  # number, None and perhaps a problem to a row
+
+
 def units(path: str | os.PathLike[str], range_bytes: int) -> list[Unit]:
     """Cut one file, in order. Raises SteelError: not there, unreadable, or of an unknown kind."""
     path = Path(path)
@@ -76,9 +91,44 @@ def units(path: str | os.PathLike[str], range_bytes: int) -> list[Unit]:
 
 def rows(unit: Unit, text_key: str) -> Iterator[Row]:
     """Every row of a unit, malformed ones with their problem. Raises SteelError where the file itself is broken."""
-    read = {"lines": _lines, "array": _array, "parquet": _parquet_rows, "text": _text}[unit.kind]
+
+    def made(number: int, value: Any) -> Row:
+        return _row(number, value, text_key)
+
     with _named(Path(unit.path)):
-        yield from read(unit, text_key)
+        if unit.kind == "parquet":
+            yield from _parquet_rows(unit, text_key)
+        elif unit.kind == "text":
+            yield Row(1, _text(unit))
+        else:
+            yield from (_lines if unit.kind == "lines" else _array)(unit, made, Row)
+
+
+def records(unit: Unit) -> Iterator[Record]:
+    """Every row of a unit with all its fields, as `rows` gives their texts; a text file is {"text": ...}."""
+    with _named(Path(unit.path)):
+        if unit.kind == "parquet":
+            yield from _parquet_records(unit)
+        elif unit.kind == "text":
+            yield Record(1, {"text": _text(unit)})
+        else:
+            yield from (_lines if unit.kind == "lines" else _array)(unit, _record, Record)
+
+
+def numbers(unit: Unit) -> int:
+    """How many row numbers a unit of a file that has several takes: what a later unit's numbers start from."""
+    with _named(Path(unit.path)):
+        if unit.kind == "parquet":
+            groups = _parquet(Path(unit.path)).metadata
+            return sum(groups.row_group(i).num_rows for i in range(unit.start, unit.stop))
+        if unit.kind != "lines":
+            raise ValueError(f"a {unit.kind} file is one unit")
+        with open(unit.path, "rb") as file:  # a line begins behind a newline, the first one at the file's beginning
+            file.seek(max(0, unit.start - 1))
+            left, count = unit.stop - max(1, unit.start), int(unit.start == 0 < unit.stop)
+            while left > 0 and (part := file.read(min(left, _READ))):
+                left, count = left - len(part), count + part.count(b"\n")
+        return count
 
 
 def _kind(path: Path) -> str:
@@ -147,7 +197,7 @@ def _named(path: Path) -> Iterator[None]:
         raise SteelError(f"the file cannot be read: {error}", path, "fetch it again, or leave it out") from None
 
 
-def _lines(unit: Unit, text_key: str) -> Iterator[Row]:
+def _lines(unit: Unit, made: Made[R], bad: Bad[R]) -> Iterator[R]:
     """A line belongs to the range in which it begins."""
     path = Path(unit.path)
     plain = path.suffix not in (".gz", ".zst")
@@ -162,17 +212,23 @@ def _lines(unit: Unit, text_key: str) -> Iterator[Row]:
             at += len(line)
             if number == 1 and unit.start == 0:
                 line = line.removeprefix(_BOM)
-            yield _row_of_line(number, line, text_key)
+            yield _of_line(number, line, made, bad)
 
 
-def _row_of_line(number: int, line: bytes, text_key: str) -> Row:
+def _of_line(number: int, line: bytes, made: Made[R], bad: Bad[R]) -> R:
     if not line.strip():
-        return Row(number, None)
+        return bad(number, None)
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Row(number, None, f"not JSON ({error})")
-    return _row(number, value, text_key)
+        return bad(number, None, f"not JSON ({error})")
+    return made(number, value)
+
+
+def _record(number: int, value: Any) -> Record:
+    if not isinstance(value, dict):
+        return Record(number, None, f"a JSON {type(value).__name__}, not an object")
+    return Record(number, value)
 
 
 def _row(number: int, value: Any, text_key: str) -> Row:
@@ -195,7 +251,7 @@ def _checked(number: int, text: Any, text_key: str) -> Row:
     return Row(number, text)
 
 
-def _array(unit: Unit, text_key: str) -> Iterator[Row]:
+def _array(unit: Unit, made: Made[R], bad: Bad[R]) -> Iterator[R]:
     """Elements of one JSON array, without holding the array; nothing may follow it."""
     decoder, number, line, size = json.JSONDecoder(), 0, 1, _READ
     with _open(Path(unit.path)) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
@@ -211,7 +267,7 @@ def _array(unit: Unit, text_key: str) -> Iterator[Row]:
             value, end, problem, complete = _element(decoder, buffer, at)
             if not problem:
                 number, at, size = number + 1, end, _READ
-                yield _row(number, value, text_key)
+                yield made(number, value)
                 continue
             more = "" if complete or len(buffer) - at > _MAX_ELEMENT else file.read(size)
             line += buffer.count("\n", 0, at)
@@ -257,10 +313,18 @@ def _parquet_rows(unit: Unit, text_key: str) -> Iterator[Row]:
             yield _checked(number, text, text_key)
 
 
-def _text(unit: Unit, text_key: str) -> Iterator[Row]:
+def _parquet_records(unit: Unit) -> Iterator[Record]:
+    number = 0
+    for batch in _parquet(Path(unit.path)).iter_batches(256, row_groups=list(range(unit.start, unit.stop))):
+        for fields in batch.to_pylist():
+            number += 1
+            yield Record(number, fields)
+
+
+def _text(unit: Unit) -> str:
     with _open(Path(unit.path)) as file:
         data = file.read(_MAX_TEXT_BYTES + 1)
     if len(data) > _MAX_TEXT_BYTES:
         what = f"a text file is one document, and this one is larger than {_MAX_TEXT_BYTES >> 20} MB"
         raise SteelError(what, unit.path, "cut it into documents: one JSON object a line in a .jsonl file")
-    yield Row(1, data.decode("utf-8-sig"))
+    return data.decode("utf-8-sig")

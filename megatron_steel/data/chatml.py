@@ -1,0 +1,94 @@
+"""Conversations to one text, and control strings in user text made harmless.
+
+By default the ChatML of Qwen with its system line; with a tokenizer folder, that folder's own chat template. The last
+turn is left open: `tokenize` ends every document with the end-of-document id, which for ChatML is `<|im_end|>`
+itself, so a document's ids are the template's ids without the newline behind the last turn. Must not know corpora.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_steel.errors import SteelError
+
+Turns = Sequence[tuple[str, str]]
+"""(role, content) of each turn; roles are system (the first turn only), user and assistant."""
+SYSTEM = "You are a helpful assistant."
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+class TemplateRefused(Exception):  # noqa: N818  (a verdict on one row, counted, not an error of the job)
+    """The tokenizer's template does not take these turns (a system line, say)."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How turns become text, and which strings a tokenizer would take for its own inside of user text."""
+
+    name: str
+    """`chatml`, or the tokenizer folder's name."""
+    control: tuple[str, ...]
+    render: Callable[[Turns], str]
+    """All turns, the last one left open. Raises TemplateRefused; SteelError where there is no template at all."""
+
+
+def load_format(tokenizer: str | Path | None) -> Format:
+    """The default ChatML, or what a Hugging Face tokenizer folder says. Raises SteelError for a folder that does not load."""
+    if tokenizer is None:
+        return Format("chatml", CONTROL, chatml)
+    return _of_tokenizer(Path(tokenizer))
+
+
+def chatml(turns: Turns) -> str:
+    """ChatML as Qwen's template gives it, up to the last turn's end marker."""
+    if not turns or turns[0][0] != "system":
+        turns = [("system", SYSTEM), *turns]
+    return "<|im_end|>\n".join(f"<|im_start|>{role}\n{content}" for role, content in turns)
+
+
+def harmless(control: Iterable[str]) -> Callable[[str], tuple[str, int]]:
+    """A function that puts a space behind the first character of every control string, and counts them.
+
+    `<|im_end|>` becomes `< |im_end|>`: no tokenizer takes it for its own, people see what was done, and neither
+    NFKC nor a cleaner of invisible characters undoes it (a zero-width space would go, and the marker would be back).
+    """
+    pieces = sorted((re.escape(text) for text in control if len(text) > 1), key=len, reverse=True)
+    pattern = re.compile("|".join(pieces))
+
+    def clean(text: str) -> tuple[str, int]:
+        total = 0
+        while True:  # once more where two control strings lay in one another
+            text, count = pattern.subn(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+            if not count:
+                return text, total
+            total += count
+
+    return clean if pieces else lambda text: (text, 0)
+
+
+def _of_tokenizer(path: Path) -> Format:
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    if not path.is_dir():
+        raise SteelError("there is no such tokenizer folder", path, "give a Hugging Face tokenizer folder")
+    try:
+        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a broken folder makes it raise
+        what = f"transformers cannot load this tokenizer: {type(error).__name__}: {error}"
+        raise SteelError(what, path, "give a folder with tokenizer.json or the files of its class") from None
+    special = [token.content for token in hf.added_tokens_decoder.values() if token.special]
+
+    def render(turns: Turns) -> str:
+        if not hf.chat_template:
+            raise SteelError("the tokenizer has no chat template", path, "leave --tokenizer out for plain ChatML")
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            text = str(hf.apply_chat_template(messages, tokenize=False))
+        except TemplateError as error:
+            raise TemplateRefused(str(error)) from None
+        closed = text.removesuffix("\n")
+        return closed.removesuffix(hf.eos_token) if hf.eos_token and closed.endswith(hf.eos_token) else text
+
+    return Format(path.resolve().name, tuple(dict.fromkeys([*CONTROL, *special, *hf.all_special_tokens])), render)
