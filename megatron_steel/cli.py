@@ -131,6 +131,13 @@ def generate(model: str, prompt: str, max_new_tokens: int, greedy: bool, trust_c
     print(generate(model, prompt, max_new_tokens, greedy=greedy, trust_code=trust_code))
 
 
+def sft_data(spec: str, output: str, force_test_splits: bool, workers: int | None) -> None:
+    from megatron_steel.post.sft_data import sft_data
+    from megatron_steel.post.sft_report import table
+
+    print(table(sft_data(spec, output, force_test_splits, workers)))
+
+
 def evaluate(model: str, tasks: str, **settings: Any) -> None:
     from megatron_steel.audit import verdict_of
     from megatron_steel.post.evaluate import evaluate
@@ -226,6 +233,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
     p.add_argument("--picture", metavar="FILE", help="write a PNG here")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+
+    p = verb(sft_data, "published instruction, preference or question sets to one mixture for TRL and LLaMA-Factory")
+    p.add_argument("spec", metavar="SPEC.yaml", help="which sets, how much of each: docs/sft_data.md")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--force-test-splits", action="store_true", help="train on test splits of benchmarks all the same")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
     p = verb(generate, "let an exported model write")
     p.add_argument("model", metavar="HF_DIR")
