@@ -74,7 +74,11 @@ def optional(row: Fields, key: str) -> str:
 
 
 def check(example: Example) -> None:
-    """Raise Rejected for a turn without a word, or two replies that are one."""
+    """Raise Rejected for a turn without a word, or two replies that are one; Broken for half a character."""
+    try:
+        example.content().encode()
+    except UnicodeEncodeError:
+        raise Broken("holds half a character (a lone surrogate)") from None
     if not all(content.strip() for role, content in example.prompt if role != "assistant"):
         raise Rejected("empty question")
     if not all(content.strip() for role, content in example.turns() if role == "assistant") or not all(

@@ -180,11 +180,8 @@ class _Verdict:
 
 def _write(file: Any, example: Example, origin: str, tokens: int, spec: Spec, part: int, outcome: Outcome) -> None:
     tree = _tree(example, spec.kind) | {"source": spec.sources[part].type, "origin": origin}
-    try:
-        line = json.dumps(tree, ensure_ascii=False).encode() + b"\n"
-        content = json.dumps([example.prompt, example.replies], ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Broken("holds half a character (a lone surrogate)") from None
+    line = json.dumps(tree, ensure_ascii=False).encode() + b"\n"
+    content = json.dumps([example.prompt, example.replies], ensure_ascii=False).encode()
     question = json.dumps([content for role, content in example.prompt if role == "user"]).encode()
     file.write(line)
     digest = _digest(spec.seed, "row", content)
