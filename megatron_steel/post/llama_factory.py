@@ -70,7 +70,6 @@ mask_history: false                 # of all of them
 {heldout}
 learning_rate: 2.0e-5
 lr_scheduler_type: cosine
-warmup_ratio: 0.03
 weight_decay: 0.0
 num_train_epochs: 4
 per_device_train_batch_size: 8

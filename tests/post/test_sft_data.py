@@ -1,7 +1,9 @@
 """The whole way: files as published to train.jsonl, heldout.jsonl, report and LLaMA-Factory's files, or nothing at all."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from megatron_steel import cli
 from megatron_steel.errors import SteelError
 from megatron_steel.post import sft_data as job
 from megatron_steel.post.sft_data import sft_data
+from megatron_steel.post.sft_spec import load_spec
 from megatron_steel.post.template import Template
 
 SYSTEM = "You are a helpful assistant."
@@ -372,3 +375,11 @@ def test_real_rows(work, shared_data):
     assert max(map(len, ids)) <= 768
     for tokens, row in zip(ids, rows, strict=False):
         assert tokens.count(151645) == len(row["messages"])  # each turn is closed once, and by nothing else
+
+
+def test_the_specifications_in_the_documentation_are_whole(tmp_path):
+    docs = Path(job.__file__).resolve().parents[2] / "docs"
+    for name in ("sft_data.md", "grpo.md"):
+        (text,) = re.findall(r"```yaml\n(.*?)```", (docs / name).read_text(encoding="utf-8"), re.DOTALL)
+        (tmp_path / "spec.yaml").write_text(text, encoding="utf-8")
+        assert load_spec(str(tmp_path / "spec.yaml")).seed == 666
