@@ -76,10 +76,12 @@ class Matcher:
     def _add(self, number: int, question: str, options: list[str]) -> None:
         self.counts[-1] += 1
         units = _units(question)
-        if _weight(units) < _LEAST_SHARE:
-            labelled = " ".join(f"{label} {text}" for label, text in zip("ABCDEFGHIJ", options, strict=False))
-            units = _units(f"{question} {labelled}")
-        if _weight(units) < _LEAST_SHARE or len(units) < _ANCHOR:
+        content = _weight(units)
+        if content < _LEAST_SHARE:
+            labelled = zip("ABCDEFGHIJ", options, strict=False)
+            units = _units(f"{question} {' '.join(f'{label} {text}' for label, text in labelled)}")
+            content = _weight(_units(" ".join([question, *options])))  # labels say nothing
+        if content < _LEAST_SHARE or len(units) < _ANCHOR:
             self.unmatchable[-1] += 1
             return
         for at in range(0, len(units) - _ANCHOR + 1, _STRIDE):

@@ -177,5 +177,7 @@ def _newlines(text: str) -> str:
 def _name(value: object) -> str | int | None:
     """The corpus's own name for a row, where it is one that JSON can hold."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
+        return int(value)
+    if isinstance(value, str):
+        return value if value.isprintable() else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
