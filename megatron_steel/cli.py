@@ -119,18 +119,6 @@ def import_hf(source: str, output: str, trust_code: bool) -> None:
     import_hf(source, output, trust_code)
 
 
-def audit(source: str, **settings: Any) -> None:
-    from megatron_steel.audit import audit
-
-    audit(source, **settings)
-
-
-def generate(model: str, prompt: str, max_new_tokens: int, greedy: bool, trust_code: bool) -> None:
-    from megatron_steel.post.generate import generate
-
-    print(generate(model, prompt, max_new_tokens, greedy=greedy, trust_code=trust_code))
-
-
 def sft_data(spec: str, output: str, force_test_splits: bool, workers: int | None) -> None:
     from megatron_steel.post.sft_data import sft_data
     from megatron_steel.post.sft_report import table
@@ -138,11 +126,28 @@ def sft_data(spec: str, output: str, force_test_splits: bool, workers: int | Non
     print(table(sft_data(spec, output, force_test_splits, workers)))
 
 
-def evaluate(model: str, tasks: str, **settings: Any) -> None:
+def audit(source: str, **settings: Any) -> None:
+    from megatron_steel.audit import audit
+
+    audit(source, **settings)
+
+
+def generate(model: str, prompt: str | None, chat: bool, **settings: Any) -> None:
+    if chat:
+        from megatron_steel.post.chat import chat as talk
+
+        talk(model, **settings)
+        return
+    from megatron_steel.post.generate import generate
+
+    print(generate(model, prompt or "", **settings))
+
+
+def evaluate(models: list[str], tasks: str, **settings: Any) -> None:
     from megatron_steel.audit import verdict_of
     from megatron_steel.post.evaluate import evaluate
 
-    evaluate(model, tasks.split(","), **settings, audit=verdict_of)
+    evaluate(models, tasks.split(","), **settings, audit=verdict_of)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -227,6 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("output", metavar="OUT_DIR")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
+    p = verb(sft_data, "published instruction, preference or question sets to one mixture for TRL and LLaMA-Factory")
+    p.add_argument("spec", metavar="SPEC.yaml", help="which sets, how much of each: docs/sft_data.md")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--force-test-splits", action="store_true", help="train on test splits of benchmarks all the same")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+
     p = verb(audit, "can the model see the future, what is its honest loss, do its FFNs work")
     p.add_argument("source", metavar="HF_DIR_OR_CHECKPOINT")
     p.add_argument("--data", metavar="PREFIX", help="a data set for the losses (default: random tokens)")
@@ -234,24 +245,28 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--picture", metavar="FILE", help="write a PNG here")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
-    p = verb(sft_data, "published instruction, preference or question sets to one mixture for TRL and LLaMA-Factory")
-    p.add_argument("spec", metavar="SPEC.yaml", help="which sets, how much of each: docs/sft_data.md")
-    p.add_argument("--output", required=True, metavar="DIR")
-    p.add_argument("--force-test-splits", action="store_true", help="train on test splits of benchmarks all the same")
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
-
     p = verb(generate, "let an exported model write")
     p.add_argument("model", metavar="HF_DIR")
-    p.add_argument("--prompt", required=True)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt")
+    what.add_argument("--chat", action="store_true", help="talk with it: one line a turn, /exit or Ctrl-D ends")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--greedy", action="store_true", help="always the likeliest token (default: sample)")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
-    p = verb(evaluate, "score a model with lm-evaluation-harness (extra: eval)")
-    p.add_argument("model", metavar="HF_DIR")
-    p.add_argument("--tasks", required=True, help="comma-separated, for example ceval-valid")
-    p.add_argument("--data", metavar="DIR", help="a local C-Eval folder with dev/ and val/ CSV files")
+    p = verb(evaluate, "score models with lm-evaluation-harness (extra: eval) or by their written answers")
+    p.add_argument("models", nargs="+", metavar="HF_DIR", help="a model, or a folder of models (a run, its exports)")
+    p.add_argument("--tasks", required=True, help="comma-separated, for example ceval-valid,cmmlu,mmlu")
+    p.add_argument(
+        "--data", metavar="DIR", help="a local folder that holds ceval-exam/, cmmlu/, mmlu/, or one of these"
+    )
     p.add_argument("--json", metavar="FILE", help="write the scores here too")
+    p.add_argument("--protocol", default="loglikelihood", metavar="NAME",
+                   help="loglikelihood (default), steel-chat (0-shot chat, answers in writing), or both")  # fmt: skip
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="longest reply (default: the protocol's own)")
+    p.add_argument("--items", metavar="FILE", help="write one JSON line a question here")
+    p.add_argument("--tensorboard", metavar="DIR", help="write the scores against the exports' steps here")
+    p.add_argument("--picture", metavar="FILE", help="write a bar chart beside published scores here (PNG)")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
     return parser
 

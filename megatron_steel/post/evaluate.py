@@ -1,140 +1,175 @@
-"""Scores of an exported model by lm-evaluation-harness (extra `eval`), offline where a local folder is given.
+"""Scores of exported models: by the likeliest choice (lm-evaluation-harness, extra `eval`), by written answers, or both.
 
-1. The model is opened by `load`, so that no foreign code runs unasked.
-2. `ceval` turns a local C-Eval folder into the harness's own tasks: its prompts, our rows.
-3. A model that sees the future is said to, by the folder's `audit.json` or, where there is none, by the caller's audit.
-4. The harness scores; each figure is kept with task version, number of examples in the prompt, and prompt style.
+1. Each folder is opened by `load`, so that no foreign code runs unasked; several folders are scored in the order of steps.
+2. `harness` gives the questions, its own rows or a local folder's, and the log-likelihood scores.
+3. `chat_protocol` asks the same questions in a chat and reads the replies.
+4. A model that sees the future is said to, by the folder's `audit.json` or, where there is none, by the caller's audit.
+5. Every figure is kept with its protocol: task version, examples in the prompt, prompt, decoding.
 
-Must not know checkpoints or runs. A score means nothing without its protocol, so the two are never separated.
+Must not know checkpoints or how runs are made. A score means nothing without its protocol, so the two are never separated.
 """
 
 import json as json_format
-import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
 from megatron_steel.model import verdict
-from megatron_steel.post import ceval
+from megatron_steel.post import chat_protocol, harness, scores
+from megatron_steel.post.benchmarks import BENCHMARKS
 from megatron_steel.post.load import Loaded, load
+from megatron_steel.post.turns import chat_ids
 
-_BATCH = 8
+PROTOCOLS = (harness.NAME, chat_protocol.NAME, "both")
+Audit = Callable[[Path, bool], dict[str, Any]]
 
 
 def evaluate(
-    model_dir: str,
+    models: str | Sequence[str],
     tasks: list[str],
     data: str | None = None,
     json: str | None = None,
     trust_code: bool = False,
-    audit: Callable[[Path, bool], dict[str, Any]] | None = None,
+    audit: Audit | None = None,
+    protocol: str = harness.NAME,
+    max_new_tokens: int | None = None,
+    items: str | None = None,
+    tensorboard: str | None = None,
+    picture: str | None = None,
 ) -> dict[str, Any]:
-    """Score a Hugging Face folder.
+    """Score Hugging Face folders.
 
     Args:
-        tasks: names of harness tasks or groups, `ceval-valid` among them.
-        data: a local C-Eval folder with `dev/SUBJECT_dev.csv` and `val/SUBJECT_val.csv`; then nothing is downloaded.
+        models: one folder or several; a folder of folders (a run, or its `exports`) means every one in it.
+        tasks: names of harness tasks or groups, `ceval-valid`, `cmmlu` and `mmlu` among them.
+        data: a local folder with these three's files (see `benchmarks`); then nothing is downloaded.
         json: write the result here too.
-        trust_code: allow foreign modelling code that lies in the folder.
+        trust_code: allow foreign modelling code that lies in a folder.
         audit: gives the report on a folder without `audit.json`, from the folder and `trust_code`.
+        protocol: `loglikelihood`, `steel-chat` (answers in writing), or both.
+        max_new_tokens: longest reply of `steel-chat`, instead of the protocol's own.
+        items: write one JSON line a question here.
+        tensorboard: write the scores against the steps here.
+        picture: write a bar chart beside published scores here (PNG).
 
-    Returns: {task: {"acc": 0..1, "n": questions, ...}} and, under "protocol", what the figures depend on.
+    Returns: {task: {"acc": 0..1, "n": questions, ...}} and, under "protocol", what the figures depend on; with `both`
+        each task's written answers stand under "steel-chat" in it. For several folders {"checkpoints": [...]}, each of
+        them such a result.
     Raises:
-        SteelError: the extra is not installed, an unknown task, a data folder of another shape, an unusable model.
+        SteelError: the extra is not installed, an unknown task or protocol, a data folder of another shape, an unusable
+            model, a tokenizer without chat template, a folder whose step is wanted and not known.
     """
-    _require_harness()
-    if json is not None and not Path(json).absolute().parent.is_dir():
-        raise SteelError("the folder for the scores does not exist", json, "make it first, or name another file")
-    manager = _task_manager(local=data is not None)
-    specs = {task: _spec(task, data, manager) for task in tasks}
-    loaded = load(model_dir, trust_code)
+    from megatron_steel.post import compare
+
+    _check(tasks, protocol, max_new_tokens, picture)
+    for file, what in ((json, "scores"), (items, "items"), (picture, "picture")):
+        scores.require_folder(file, what)
+    folders = compare.model_folders([models] if isinstance(models, str) else list(models))
+    if tensorboard is not None:
+        compare.require_steps(folders)
+    harness.require_harness()
+    questions = harness.Harness(tasks, data)
+    lines: list[dict[str, Any]] = []
+    results = []
+    for folder in folders:
+        results.append(_score_folder(folder, tasks, questions, protocol, max_new_tokens, trust_code, audit, lines))
+        scores.show(results[-1])
+    whole = results[0] if len(results) == 1 else {"checkpoints": results}
+    if len(results) > 1:
+        print(compare.table(results))
+    _write(whole, lines, json, items)
+    if tensorboard is not None:
+        compare.to_tensorboard(results, tensorboard)
+    if picture is not None:
+        from megatron_steel.post.score_picture import draw
+
+        draw(results, Path(picture))
+    return whole
+
+
+def _check(tasks: list[str], protocol: str, max_new_tokens: int | None, picture: str | None) -> None:
+    if protocol not in PROTOCOLS:
+        raise SteelError(f"there is no protocol {protocol!r}", "--protocol", f"use one of {', '.join(PROTOCOLS)}")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise SteelError(f"{max_new_tokens} new tokens are none", "--max-new-tokens", "ask for at least 1")
+    if picture is not None and not set(tasks) & set(BENCHMARKS):
+        raise SteelError("there is nothing to draw", "--picture", f"score one of {', '.join(BENCHMARKS)}")
+    silent = [task for task in tasks if task not in BENCHMARKS] if protocol != harness.NAME else []
+    if silent:
+        raise SteelError(f"{protocol} does not know how to ask {silent[0]!r}", "--tasks",
+                         f"choose from {', '.join(BENCHMARKS)}, or --protocol {harness.NAME}")  # fmt: skip
+
+
+def _score_folder(
+    folder: Path,
+    tasks: list[str],
+    questions: harness.Harness,
+    protocol: str,
+    max_new_tokens: int | None,
+    trust_code: bool,
+    audit: Audit | None,
+    lines: list[dict[str, Any]],
+) -> dict[str, Any]:
+    from megatron_steel.post.compare import step_of
+
+    loaded = load(str(folder), trust_code)
     if loaded.tokenizer is None:
-        raise SteelError("the harness needs a Hugging Face tokenizer, and the folder has none", model_dir,
+        raise SteelError("the harness needs a Hugging Face tokenizer, and the folder has none", folder,
                          "train with a tokenizer folder instead of a .model file")  # fmt: skip
-    report = verdict.read_verdict(Path(model_dir))
+    if protocol != harness.NAME:
+        chat_ids(loaded.tokenizer, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
+    report = verdict.read_verdict(folder)
     if report is None and audit is not None:
-        report = audit(Path(model_dir), trust_code)
+        report = audit(folder, trust_code)
     blind = not verdict.sees_future(loaded.model.config, report)
     if not blind:
         dist.log.warning("this model sees the future: it scores texts that it was trained to see whole, and what it writes is "
                          "worse than its loss promises")  # fmt: skip
-    model = _harness_model(loaded, blind)
-    result: dict[str, Any] = {task: _score(model, task, spec, manager) for task, spec in specs.items()}
-    result["protocol"] = _protocol(model_dir, loaded, model) | _verdict(report, blind)
-    _print(result)
-    if json is not None:
-        _write(Path(json), result)
+    model = questions.model(loaded, blind)
+    result: dict[str, Any] = {}
+    for task in tasks:
+        result[task], found = _score_task(task, questions, loaded, model, protocol, max_new_tokens, blind)
+        lines += [{"model": folder.name, "task": task, **item} for item in found]
+    about = {"model": folder.absolute().name, "step": step_of(folder), **_protocol(loaded, model)}
+    result["protocol"] = about | _verdict(report, blind)
     return result
 
 
-def _require_harness() -> None:
-    # Before the import, which reads it; and scoring a local folder must not touch the network.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise SteelError("lm-evaluation-harness is not installed", "evaluate",
-                         "pip install 'megatron-steel[eval]'") from None  # fmt: skip
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+def _score_task(
+    task: str,
+    questions: harness.Harness,
+    loaded: Loaded,
+    model: Any,
+    protocol: str,
+    max_new_tokens: int | None,
+    blind: bool,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The score of one task, and its items where it is one of the benchmarks."""
+    benchmark = BENCHMARKS.get(task)
+    if benchmark is None:
+        return {"protocol": harness.NAME, **questions.score(model, task)}, []
+    by_name, lines = {}, []
+    if protocol != chat_protocol.NAME:
+        items, facts = questions.items(model, benchmark)
+        by_name[harness.NAME] = scores.summary(benchmark, harness.NAME, items, facts)
+        lines += [{"protocol": harness.NAME, **item} for item in items]
+    if protocol != harness.NAME:
+        asked = questions.questions(benchmark)
+        items, facts = chat_protocol.answer(loaded, task, asked, blind, max_new_tokens)
+        by_name[chat_protocol.NAME] = scores.summary(benchmark, chat_protocol.NAME, items, facts)
+        lines += [{"protocol": chat_protocol.NAME, **item} for item in items]
+    if protocol == "both":
+        return {**by_name[harness.NAME], chat_protocol.NAME: by_name[chat_protocol.NAME]}, lines
+    return by_name[protocol], lines
 
 
-def _task_manager(local: bool) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=not local)  # to read the harness's thousands of task files takes long
-
-
-def _spec(task: str, data: str | None, manager: Any) -> list[Any]:
-    """What the harness shall run for a task: its name, or local rows."""
-    if data is None:
-        if task not in manager.all_tasks:
-            raise SteelError(f"the harness knows no task {task!r}", "--tasks", "see `lm-eval ls tasks`")
-        return [task]
-    if task != ceval.TASK:
-        raise SteelError(f"--data holds C-Eval, and {task!r} is another task", "--tasks",
-                         f"run {ceval.TASK} alone with --data, and the others without it")  # fmt: skip
-    return ceval.local_tasks(Path(data))
-
-
-def _harness_model(loaded: Loaded, blind: bool) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    # The harness fills a batch up with padding, which a model that sees the future would read.
-    batch = _BATCH if blind else 1
-    return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch, device=str(loaded.device))
-
-
-def _score(model: Any, task: str, spec: list[Any], manager: Any) -> dict[str, Any]:
-    from lm_eval.evaluator import simple_evaluate
-
-    shots = ceval.FEW_SHOT if spec == [ceval.TASK] else None  # the harness's task leaves the number open
-    found = simple_evaluate(
-        model=model, tasks=spec, task_manager=manager, num_fewshot=shots, bootstrap_iters=0, log_samples=False
-    )
-    if task == ceval.TASK:
-        return ceval.summary(found)
-    own = found["results"].get(task, {})  # a tag has no figure of its own
-    metrics = {key.removesuffix(",none"): value for key, value in own.items() if key.endswith(",none")}
-    used = sorted(set(found["n-shot"].values()))
-    return {
-        **metrics,
-        "n": sum(counts["effective"] for counts in found["n-samples"].values()),
-        "version": found["versions"].get(task),
-        "few_shot": used[0] if len(used) == 1 else used,
-        "parts": found["results"] if len(found["n-samples"]) > 1 else {},
-    }
-
-
-def _protocol(model_dir: str, loaded: Loaded, model: Any) -> dict[str, Any]:
+def _protocol(loaded: Loaded, model: Any) -> dict[str, Any]:
     import importlib.metadata
 
     names = ("lm_eval", "transformers", "torch")
     return {
-        "model": Path(model_dir).absolute().name,
-        "scored_by": "log-likelihood of each choice, no chat template",
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": loaded.device.type,
         "max_length": model.max_length,
@@ -148,29 +183,10 @@ def _verdict(report: dict[str, Any] | None, blind: bool) -> dict[str, Any]:
     return {"causal": causal, "loss_sees_future": not blind, "audit": report and report.get("verdict")}
 
 
-def _print(result: dict[str, Any]) -> None:
-    if result["protocol"]["loss_sees_future"]:
-        print("THIS MODEL SEES THE FUTURE: its scores do not compare with those of causal models")
-    for task, score in result.items():
-        if task == "protocol":
-            continue
-        for subject, part in score.get("subjects", {}).items():
-            print(f"  {subject:45} {part['acc']:7.2%}  of {part['n']}")
-        if score.get("absent"):
-            print(f"  left out, {len(score['absent'])} subjects without files: {', '.join(score['absent'])}")
-        shown = f"{score['acc']:.2%}" if "acc" in score else json_format.dumps(score)
-        print(f"{task}: {shown} ({score['n']} questions, {score['few_shot']}-shot, version {score['version']})")
-
-
-def _write(file: Path, result: dict[str, Any]) -> None:
-    aside = file.with_name(f".{file.name}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as out:
+def _write(result: dict[str, Any], lines: list[dict[str, Any]], json: str | None, items: str | None) -> None:
+    if items is not None:
+        with scores.replacing(Path(items)) as out:
+            out.writelines(json_format.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if json is not None:
+        with scores.replacing(Path(json)) as out:
             json_format.dump(result, out, indent=1, ensure_ascii=False)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, file)
-    except OSError as error:
-        raise SteelError(f"the scores could not be written: {error.strerror}", file, "name another file") from error
-    finally:
-        aside.unlink(missing_ok=True)

@@ -25,10 +25,11 @@ _ALONE = re.compile(
     r"|(?<=[(\[])[ai](?=[)\]])|[ai](?=\s*(?:[.,)。,;]|$)))(?![A-Za-z0-9'+\-]|\s*[=<>])|[A-Z]"
 )
 # In what follows @ stands for such a letter and @@ for one or several of them: "B", "(B)", "选项B", "A和C".
-_OPEN, _CLOSE = r"[\s(\[{【「《\"'“‘]*", r"[)\]}】」》\"'”’]*"
+# Every repetition has a bound, so that no reply, however odd, takes long to read.
+_OPEN, _CLOSE = r"[\s(\[{【「《\"'“‘]{0,4}", r"[)\]}】」》\"'”’]{0,4}"
 _AND = r"\s*(?:、|/|&|和|或者?|与|及|\band\b|\bor\b|,(?=\s*@\s*(?:$|[.。;\n])))\s*"
 _ONE = rf"{_OPEN}(?:选项|option|choice)?{_OPEN}@{_CLOSE}"
-_IS = r"\s*(?:而|就|也|应该?|当然|显然|最?可能|的?选项|项)*\s*(?:是|为|选择?)?\s*:?\s*"
+_IS = r"\s*(?:而|就|也|应该?|当然|显然|最?可能|的?选项|项){0,3}\s*(?:是|为|选择?)?\s*:?\s*"
 _BE = r"\s*(?:(?:would|should|must|will) be|is|was|:)?\s*(?:most likely|therefore|clearly|but(?: rather)?)?\s*:?\s*"
 _FINAL = rf"最[终后]的?(?:答案|选择|结果){_IS}|\bfinal (?:answer|choice){_BE}"
 _SAYS = (
@@ -41,12 +42,12 @@ _THINKS = (
 )
 _ABOUT = r"\s*(?:选?项)?\s*(?:的?(?:说法|描述|表述|叙述|内容))?\s*:?\s*"
 _CORRECT = (
-    rf"@{_CLOSE}{_ABOUT}(?:是|最|完全)*(?:正确|对(?=的|了|吧|[\s。.,;:!)]|$)|符合题意)"
+    rf"@{_CLOSE}{_ABOUT}(?:是|最|完全){0, 3}(?:正确|对(?=的|了|吧|[\s。.,;:!)]|$)|符合题意)"
     rf"|@{_CLOSE}\s*(?:is|must be|seems)\s+(?:the\s+)?(?:correct|right|true|best)\b"
 )
 _DENIED = (
     r"(?:不(?:能|应该?|会|可以?|该)?(?:是|选择?|为)|并非|排除(?:了|掉)?)\s*@@(?:选?项)?"
-    rf"|@@{_ABOUT}(?:也|都|均|显然|是|则|明显)*(?:不|错|有误|并非|可以?排除|被排除)[对正确符合题意成立误的]*"
+    rf"|@@{_ABOUT}(?:也|都|均|显然|是|则|明显){0, 3}(?:不|错|有误|并非|可以?排除|被排除)[对正确符合题意成立误的]{0, 6}"
     r"|(?:\bnot|n't|\brul\w+ out|\beliminat\w+|\bexclud\w+|\binstead of|\brather than)\s+@@"
     r"|@@\s*(?:is|are)(?: also| clearly)?\s*(?:not\b|n't\b|wrong\b|incorrect\b|false\b)(?:\s+(?:correct|right|true))?"
 )
@@ -112,12 +113,13 @@ def _clean(text: str) -> str:
     text = re.split(r"<think>|<\|im_end\|>|<\|endoftext\|>", text)[0]
     text = unicodedata.normalize("NFKC", text)
     text = re.sub(r"\\(?:boxed|text|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", re.sub(r"[*`$]|\\[()\[\]]", "", text))
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
     return _ALONE.sub(lambda m: m[0].upper() if m["letter"] else m[0].lower(), text).strip()
 
 
 @functools.cache
 def _pattern(rule: str, letters: str) -> re.Pattern[str]:
-    several = rf"{_ONE}(?:{_AND}{_ONE})*"
+    several = rf"{_ONE}(?:{_AND}{_ONE}){{0,9}}"
     return re.compile(rule.replace("@@", several).replace("@", f"[{letters}]"))
 
 

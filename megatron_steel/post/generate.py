@@ -1,6 +1,7 @@
 """Let an exported model go on with a text. Must not know how the model was made."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from megatron_steel.model import verdict
 from megatron_steel.post.load import Loaded, load
 
 _SAMPLING = {"temperature": 0.8, "top_p": 0.95}  # where the folder's generation_config does not sample itself
-_SEED = 1234
+SEED = 1234
 
 
 def generate(
@@ -32,6 +33,19 @@ def generate(
 
     if max_new_tokens < 1:
         raise SteelError(f"{max_new_tokens} new tokens are none", "--max-new-tokens", "ask for at least 1")
+    loaded = open_writer(model_dir, trust_code)
+    encode, decode = _coder(loaded, Path(model_dir))
+    prompt_ids = encode(prompt) or [_document_start(loaded.model.generation_config, model_dir)]
+    ids_BT = torch.tensor([prompt_ids], device=loaded.device)
+    with seeded(loaded):
+        written = loaded.model.generate(
+            ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=max_new_tokens, **sampling(loaded, greedy)
+        )[0].tolist()
+    return prompt + _continuation(decode(prompt_ids), decode(written))
+
+
+def open_writer(model_dir: str, trust_code: bool) -> Loaded:
+    """`load`, and a word of warning where the model is known to see the future."""
     loaded = load(model_dir, trust_code)
     report = verdict.read_verdict(Path(model_dir))
     if report is not None and report["causal"] is False and not hasattr(loaded.model.config, "sees_future"):
@@ -39,22 +53,29 @@ def generate(
         dist.log.warning(
             "this model sees the future (%s): its text is worse than its loss promises", report.get("verdict")
         )
-    encode, decode = _coder(loaded, Path(model_dir))
+    return loaded
+
+
+def sampling(loaded: Loaded, greedy: bool) -> dict[str, Any]:
+    """The settings of `model.generate` that choose among tokens."""
     defaults = loaded.model.generation_config
-    prompt_ids = encode(prompt) or [_document_start(defaults, model_dir)]
-    ids_BT = torch.tensor([prompt_ids], device=loaded.device)
     settings: dict[str, Any] = {"do_sample": not greedy}
     if not greedy and not defaults.do_sample:
         settings |= _SAMPLING
     if defaults.pad_token_id is None:
         settings["pad_token_id"] = loaded.model.config.eos_token_id
+    return settings
+
+
+@contextlib.contextmanager
+def seeded(loaded: Loaded) -> Iterator[None]:
+    """What is sampled here is the same every time, and leaves the caller's random generators as they were."""
+    import torch
+
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(_SEED)
-        written = loaded.model.generate(
-            ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=max_new_tokens, **settings
-        )[0].tolist()
-    return prompt + _continuation(decode(prompt_ids), decode(written))
+        torch.manual_seed(SEED)
+        yield
 
 
 def _continuation(before: str, whole: str) -> str:

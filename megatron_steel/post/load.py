@@ -61,6 +61,10 @@ def load(model_dir: str, trust_code: bool = False) -> Loaded:
     except Exception as error:  # whatever a broken folder makes transformers raise
         what = f"transformers cannot load this folder: {type(error).__name__}: {error}"
         raise SteelError(what, folder, "name a folder that `megatron-steel export` or save_pretrained wrote") from error
+    embedded = model.get_input_embeddings().num_embeddings
+    if tokenizer is not None and len(tokenizer) > embedded:
+        raise SteelError(f"the tokenizer has {len(tokenizer):,} tokens and the model only {embedded:,}: it is another model's",
+                         folder, "put the tokenizer that the model was trained with into the folder")  # fmt: skip
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     return Loaded(model.eval().to(device), tokenizer, device)
 

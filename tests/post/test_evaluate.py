@@ -1,6 +1,5 @@
 """C-Eval scores by the real harness equal log-likelihoods worked out by hand over the same prompts."""
 
-import csv
 import json
 import shutil
 import subprocess
@@ -9,80 +8,48 @@ import sys
 import pytest
 import torch
 from foreign import CAUSAL, LEAKING, write_foreign
+from toy_models import LETTERS, rows, write_ceval, write_cmmlu, write_letters, write_mmlu
 
 from megatron_steel import cli
-from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_config, build_model
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.post.evaluate import evaluate
 from megatron_steel.recipe import Model
 
-LETTERS = "ABCD"
-SUBJECTS = {"law": "法学", "logic": "逻辑学"}  # as the harness names them in Chinese
-
-
-def _rows(subject: str, split: str, count: int) -> list[dict[str, str]]:
-    """Questions whose answers are not all the same, of words that differ between subjects and splits."""
-    shift = len(subject) * 7 + len(split)
-    return [
-        {"id": str(i), "question": f"{subject} {split} 问题{i}?", **{x: f"{(shift * (i + 3) + j * 5) % 97}" for j, x in enumerate(LETTERS)},
-         "answer": LETTERS[(i * 3 + shift) % 4]}
-        for i in range(count)
-    ]  # fmt: skip
+HEADS = {
+    "law": "以下是中国关于法学的单项选择题，请选出其中的正确答案。\n\n",
+    "logic": "以下是中国关于逻辑学的单项选择题，请选出其中的正确答案。\n\n",
+    "agronomy": "以下是关于农学的单项选择题，请直接给出正确答案的选项。\n\n",
+    "anatomy": "The following are multiple choice questions (with answers) about anatomy.\n\n",
+}  # as the harness writes them
 
 
 @pytest.fixture(scope="module")
 def ceval(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ceval")
-    for subject in SUBJECTS:
-        for split, count in (("dev", 3), ("val", 4)):
-            (folder / split).mkdir(exist_ok=True)
-            columns = ["id", "question", *LETTERS, "answer", *(["explanation"] if split == "dev" else [])]
-            with open(folder / split / f"{subject}_{split}.csv", "w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, columns, restval="because")
-                writer.writeheader()
-                writer.writerows(_rows(subject, split, count))
+    write_ceval(folder, ["law", "logic"])
     return folder
 
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
     """A random Steel model over single characters, as a Hugging Face folder; and the model."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("letters")
-    shown = "".join(chr(c) for c in range(32, 127)) + "\n：以下是中国关于法学逻辑的单项选择题，请选出其中正确答案。问"
-    words = {"<eos>": 0, "<pad>": 1, "<unk>": 2}
-    words |= {character: i + 3 for i, character in enumerate(dict.fromkeys(shown))}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    from tokenizers import Regex
-
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    config = SteelConfig(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, eos_token_id=0, pad_token_id=1, initializer_range=0.4,
-                         max_position_embeddings=1024)  # fmt: skip
-    model = build_model(config, 5).eval()
-    model.save_pretrained(folder)
-    return folder, model, words
+    return folder, *write_letters(folder)
 
 
-def _by_hand(model, words, subject: str) -> float:
-    """Accuracy of argmax over log p(' A'..' D' | 3 worked examples, question); nothing of the harness is used."""
+def _by_hand(model, words, subject: str, scored: str, dev: int, ask: str = "答案：") -> float:
+    """Accuracy of argmax over log p(' A'..' D' | worked examples, question); nothing of the harness is used."""
 
     def asked(row):
-        return row["question"] + "".join(f"\n{x}. {row[x]}" for x in LETTERS) + "\n答案："
+        return row["question"] + "".join(f"\n{x}. {row[x]}" for x in LETTERS) + f"\n{ask}"
 
     def ids(text):
         return [words.get(character, words["<unk>"]) for character in text]
 
-    head = f"以下是中国关于{SUBJECTS[subject]}的单项选择题，请选出其中的正确答案。\n\n"
-    head += "".join(f"{asked(row)} {row['answer']}\n\n" for row in _rows(subject, "dev", 3))
+    head = HEADS[subject] + "".join(f"{asked(row)} {row['answer']}\n\n" for row in rows(subject, "dev", dev))
     right = 0
-    for row in _rows(subject, "val", 4):
+    for row in rows(subject, scored, 4):
         context = ids(head + asked(row))
         scores = []
         for letter in LETTERS:
@@ -99,7 +66,7 @@ def test_scores_equal_a_computation_by_hand(ceval, letters, tmp_path, capsys):
     folder, model, words = letters
     file = tmp_path / "scores.json"
     result = evaluate(str(folder), ["ceval-valid"], data=str(ceval), json=str(file))
-    expected = {subject: _by_hand(model, words, subject) for subject in SUBJECTS}
+    expected = {subject: _by_hand(model, words, subject, "val", 3) for subject in ("law", "logic")}
     score = result["ceval-valid"]
     assert {subject: part["acc"] for subject, part in score["subjects"].items()} == expected
     assert 0 < score["acc"] < 1  # neither all right nor all wrong, so the comparison means something
@@ -113,6 +80,36 @@ def test_scores_equal_a_computation_by_hand(ceval, letters, tmp_path, capsys):
     assert "ceval-valid:" in capsys.readouterr().out
 
 
+def test_three_benchmarks_from_one_folder(letters, tmp_path):
+    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+    folder, model, words = letters
+    write_ceval(tmp_path / "ceval-exam", ["law", "logic"])
+    write_cmmlu(tmp_path / "cmmlu", ["agronomy"])
+    write_mmlu(tmp_path / "mmlu", ["anatomy"])
+    file = tmp_path / "items.jsonl"
+    result = evaluate(str(folder), ["ceval-valid", "cmmlu", "mmlu"], data=str(tmp_path), items=str(file))
+    assert result["cmmlu"]["acc"] == _by_hand(model, words, "agronomy", "test", 5)
+    assert result["mmlu"]["acc"] == _by_hand(model, words, "anatomy", "test", 5, ask="Answer:")
+    assert [result[task]["few_shot"] for task in ("ceval-valid", "cmmlu", "mmlu")] == [3, 5, 5]
+    assert [len(result[task]["absent"]) for task in ("ceval-valid", "cmmlu", "mmlu")] == [50, 66, 56]
+    by_category = {task: {name: part["n"] for name, part in result[task]["categories"].items()} for task in
+                   ("ceval-valid", "cmmlu", "mmlu")}  # fmt: skip
+    assert by_category == {"ceval-valid": {"Humanities": 8}, "cmmlu": {"Other": 4}, "mmlu": {"stem": 4}}
+    items = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(items) == 16
+    for task in ("cmmlu", "mmlu"):
+        mine = [item for item in items if item["task"] == task]
+        assert sum(item["right"] for item in mine) / 4 == result[task]["acc"]
+        assert all(item["right"] == (item["given"] == item["answer"]) for item in mine)
+        assert all(
+            item["given"] == LETTERS[item["log_likelihoods"].index(max(item["log_likelihoods"]))] for item in mine
+        )
+    published = rows("anatomy", "test", 4)
+    assert [(i["question"], i["options"], i["answer"]) for i in items if i["task"] == "mmlu"] == [
+        (row["question"], [row[x] for x in LETTERS], row["answer"]) for row in published
+    ]
+
+
 def test_without_the_extra_the_command_to_install_it_is_named(letters):
     program = (
         "import sys; sys.modules['lm_eval'] = None\n"
@@ -121,37 +118,6 @@ def test_without_the_extra_the_command_to_install_it_is_named(letters):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "pip install 'megatron-steel[eval]'" in done.stderr
-
-
-def _spoil(folder, old: str, new: str):
-    file = folder / "val" / "law_val.csv"
-    file.write_text(file.read_text().replace(old, new))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "named"),
-    [
-        ("answer", "solution", "the column 'answer' is missing"),
-        ("law val 问题0?", "law dev 问题1?", "stands in dev and in val"),
-        ("law val 问题2?", "", "question 3 has no question"),
-    ],
-)
-def test_a_data_folder_of_another_shape_is_named(old, new, named, ceval, letters, tmp_path):
-    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
-    _spoil(shutil.copytree(ceval, tmp_path / "ceval"), old, new)
-    with pytest.raises(SteelError, match=named):
-        evaluate(str(letters[0]), ["ceval-valid"], data=str(tmp_path / "ceval"), json=str(tmp_path / "scores.json"))
-    assert not (tmp_path / "scores.json").exists()
-
-
-def test_other_bad_input(letters, ceval, tmp_path):
-    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
-    with pytest.raises(SteelError, match="no C-Eval subject"):
-        evaluate(str(letters[0]), ["ceval-valid"], data=str(tmp_path))
-    with pytest.raises(SteelError, match="'mmlu' is another task"):
-        evaluate(str(letters[0]), ["mmlu"], data=str(ceval))
-    with pytest.raises(SteelError, match="folder for the scores does not exist"):
-        evaluate(str(letters[0]), ["ceval-valid"], data=str(ceval), json=str(tmp_path / "no" / "scores.json"))
 
 
 @pytest.mark.parametrize("kind", ["causal", "leaking", "softmoe_v3", "known"])
@@ -167,7 +133,7 @@ def test_a_folder_without_a_verdict_is_audited_first_and_the_scores_say_what_it_
     else:
         write_foreign(folder, tmp_path / "ran", CAUSAL if kind == "causal" else LEAKING, vocabulary=len(letters[2]))
         build_model(build_config(Model(path=str(folder), trust_code=True)), 5).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(letters[0] / file, folder / file)
     if kind == "known":
         (folder / "audit.json").write_text(json.dumps({"causal": False, "verdict": "NOT CAUSAL: found last week"}))
