@@ -18,6 +18,7 @@ import logging
 import mmap
 import os
 import shutil
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from megatron_steel.post.sft_spec import Spec, files_of, load_spec
 
 log = logging.getLogger("megatron_steel")
 _UNIT_BYTES = 16 << 20
+_HOPELESS_ROWS, _SECONDS_BETWEEN_LINES = 10, 10.0
 
 
 def sft_data(spec: str, output: str, force_test_splits: bool = False, workers: int | None = None) -> dict[str, Any]:
@@ -57,7 +59,8 @@ def sft_data(spec: str, output: str, force_test_splits: bool = False, workers: i
     with _publishing(target) as aside:
         with open(aside / "spool", "wb") as spool:
             outcomes = _read(read, maker, files, workers or _cpus(), aside / "parts", spool)
-        sft_report.judge(read, maker.sources, outcomes)
+        for part, source, total in zip(read.sources, maker.sources, outcomes, strict=True):
+            sft_report.judge(read, part, source, total)
         mixture = _mixture(read, outcomes)
         written = _write(aside, outcomes, mixture)
         report = sft_report.build(read, maker, outcomes, mixture, written)
@@ -76,14 +79,27 @@ def _read(spec: Spec, maker: Maker, files: list[list[Path]], workers: int, folde
         results = (make(task, maker) for task in tasks)
     else:
         results = parallel.in_order(make, tasks, min(workers, len(tasks)), Maker, spec)
-    outcomes = [Outcome() for _ in files]
+    outcomes, spoken = [Outcome() for _ in files], time.monotonic()
     with contextlib.closing(results):
-        for task, outcome in zip(tasks, results, strict=True):
-            outcomes[task.part].add(outcome)
+        for done, (task, outcome) in enumerate(zip(tasks, results, strict=True), 1):
+            part, total = spec.sources[task.part], outcomes[task.part]
+            total.add(outcome)
             for where, problem in outcome.problems[:1]:
-                log.warning("%s: malformed row left out: %s: %s", spec.sources[task.part].type, where, problem)
-            with open(task.output, "rb") as part:
-                shutil.copyfileobj(part, spool, 1 << 20)
+                log.warning("%s: malformed row left out: %s: %s", part.type, where, problem)
+            if outcome.malformed == outcome.rows >= _HOPELESS_ROWS:  # another set, say: do not go on for hours
+                sft_report.judge(spec, part, maker.sources[task.part], total)
+            if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
+                spoken = time.monotonic()
+                log.info(
+                    "part %d of %d read; %s: %d rows, %d usable",
+                    done,
+                    len(tasks),
+                    part.type,
+                    total.rows,
+                    len(total.keys),
+                )
+            with open(task.output, "rb") as lines:
+                shutil.copyfileobj(lines, spool, 1 << 20)
             os.unlink(task.output)
     folder.rmdir()
     return outcomes

@@ -6,23 +6,22 @@ from megatron_steel.errors import SteelError
 from megatron_steel.post.mix import Mixture
 from megatron_steel.post.sft_rows import Maker, Outcome
 from megatron_steel.post.sft_sources import Source
-from megatron_steel.post.sft_spec import Spec
+from megatron_steel.post.sft_spec import Part, Spec
 
 
-def judge(spec: Spec, sources: list[Source], outcomes: list[Outcome]) -> None:
+def judge(spec: Spec, part: Part, source: Source, total: Outcome) -> None:
     """Raise SteelError for a set that is not what its type says, or of which nothing can be used."""
-    for part, source, total in zip(spec.sources, sources, outcomes, strict=True):
-        where = f"source {part.type}: " + (", ".join(place for place, _ in total.problems) or ", ".join(part.files))
-        if total.malformed > spec.max_malformed_ratio * total.rows:
-            what = f"{total.malformed} of {total.rows} rows are not of the form of {part.type}: {total.problems[0][1]}"
-            raise SteelError(what, where, "is it this set? mend the rows, or raise max_malformed_ratio")
-        if not total.keys:
-            reasons = [f"{why}: {count}, first {total.first[why]}" for why, count in sorted(total.rejected.items())]
-            what = f"none of {total.rows} rows can be used ({'; '.join(reasons) or 'there is no row'})"
-            raise SteelError(what, where, "give other files, or leave the source out")
-        if source.placeholder and not total.placeholders:
-            what = "no row leaves room for a name: the model would learn another model's"
-            raise SteelError(what, where, "write {{name}} and {{author}} where the names stand")
+    where = f"source {part.type}: " + (", ".join(place for place, _ in total.problems) or ", ".join(part.files))
+    if total.malformed > spec.max_malformed_ratio * total.rows:
+        what = f"{total.malformed} of {total.rows} rows are not of the form of {part.type}: {total.problems[0][1]}"
+        raise SteelError(what, where, "is it this set? mend the rows, or raise max_malformed_ratio")
+    if not total.keys:
+        reasons = [f"{why}: {count}, first {total.first[why]}" for why, count in sorted(total.rejected.items())]
+        what = f"none of {total.rows} rows can be used ({'; '.join(reasons) or 'there is no row'})"
+        raise SteelError(what, where, "give other files, or leave the source out")
+    if source.placeholder and not total.placeholders:
+        what = "no row leaves room for a name: the model would learn another model's"
+        raise SteelError(what, where, "write {{name}} and {{author}} where the names stand")
 
 
 def build(
@@ -31,7 +30,7 @@ def build(
     """The report, after a check that it accounts for every row."""
     sources = []
     for i, (part, total) in enumerate(zip(spec.sources, outcomes, strict=True)):
-        entry = {
+        entry: dict[str, Any] = {
             "type": part.type, "rows": total.rows, "malformed": total.malformed,
             "rejected": dict(sorted(total.rejected.items())), "duplicates": mixture.duplicates[i],
             "not_drawn": mixture.usable[i] - mixture.drawn[i], "drawn": mixture.drawn[i],

@@ -383,3 +383,11 @@ def test_the_specifications_in_the_documentation_are_whole(tmp_path):
         (text,) = re.findall(r"```yaml\n(.*?)```", (docs / name).read_text(encoding="utf-8"), re.DOTALL)
         (tmp_path / "spec.yaml").write_text(text, encoding="utf-8")
         assert load_spec(str(tmp_path / "spec.yaml")).seed == 666
+
+
+def test_another_set_is_found_out_at_its_first_part(work, tokenizer, monkeypatch):
+    monkeypatch.setattr(job, "_UNIT_BYTES", 900)
+    _jsonl(work / "a.jsonl", _qa(1000))
+    with pytest.raises(SteelError, match=r"^1\d of 1\d rows are not of the form of messages: 'messages' is not a list"):
+        sft_data(_spec(work, tokenizer, [{"type": "messages", "files": ["a.jsonl"]}]), "out", workers=1)
+    assert sorted(p.name for p in work.iterdir()) == ["a.jsonl", "spec.yaml"]
