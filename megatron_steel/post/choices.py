@@ -7,6 +7,7 @@ a row whose key fits none of its options is rejected, never filled up. Must not 
 
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 
 from megatron_steel.data.sources import Broken, Rejected
@@ -16,8 +17,8 @@ _LETTERS = string.ascii_uppercase[:10]
 _NOTHING = re.compile(r"[(（【\[]?\s*(?:解析|答案|解答)?\s*[:：]?\s*(?:略|无|暂无|null|None)?\s*[)）】\]]?[.。]?")
 _LEAST_DETAIL = 10  # characters: a shorter one explains nothing
 _CONCLUSION = re.compile(
-    r"(?:因此|所以|综上所述|综上)?[，,]?\s*(?:故|应|本题)(?:本题|答案|正确答案)*(?:应?选择?|为|是)\s*[:：]?\s*"
-    r"[(（【]?\s*([A-J](?:[、,，\s]*[A-J])*)(?![A-Za-z])[^\n。．.;；]*[。．.;；]?\s*\Z"
+    r"(?:因此|所以|综上所述|综上)?[，,]?\s*(?:故|应|本题)(?:本题)?(?:应?选择?|(?:正确)?答案(?:为|是|选))\s*[:：]?\s*"
+    r"[(（【]?\s*([A-J](?:[、,，\s和与及]*[A-J])*)(?![A-Za-z])[^\n。．.;；]*[。．.;；]?\s*\Z"
 )
 _ENGLISH = "The following is a multiple-choice question. Please choose the most suitable one among {} as the answer to this question."
 
@@ -139,7 +140,8 @@ def _exam_letters(answer: str, options: list[str], question: str) -> str:
     """The key of a choice question as letters in order."""
     if not options and not all(re.search(rf"{letter}\s*[.．、:：)）]", question) for letter in "AB"):
         raise Rejected("no options")
-    found = re.fullmatch(r"[(（【]?\s*([A-Ja-j](?:[、,，;；\s]*[A-Ja-j])*)\s*[)）】]?[.。]?", answer)
+    plain = unicodedata.normalize("NFKC", answer)
+    found = re.fullmatch(r"[(【]?\s*([A-Ja-j](?:[、,;\s和与及]*[A-Ja-j])*)\s*[)】]?[.。]?", plain)
     if not found:
         raise Rejected("answer is not a letter")
     letters = "".join(sorted(set(re.findall("[A-J]", found[1].upper()))))

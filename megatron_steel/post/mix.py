@@ -72,7 +72,7 @@ def _counts(usable: Sequence[int], wanted: Sequence[Wanted]) -> list[int]:
     if wanted[0].weight is not None:
         weights = [part.weight or 0.0 for part in wanted]
         scale = min(n / weight for n, weight in zip(usable, weights, strict=True))
-        return [int(scale * weight + 1e-9) for weight in weights]
+        return [int(scale * weight + 1e-6) for weight in weights]
     counts = []
     for n, part in zip(usable, wanted, strict=True):
         if part.rows is not None and part.rows > n:

@@ -35,6 +35,18 @@ def test_an_exam_question_without_an_explanation(detail):
     assert _pair(wanjuan_exam(EXAM | {"answer_detail": detail})) == (f"以下是一道单选题:\n{LINES}请给出答案。\n", said)
 
 
+@pytest.mark.parametrize(
+    ("ending", "kept"),
+    [
+        ("故选B。", ""), ("故选：B．", ""), ("故答案为：B", ""), ("因此，本题应选择（B）。", ""), ("故选B，蒸馏水。", ""),
+        ("故不选A。", "故不选A。"), ("故为A类物质。", "故为A类物质。"), ("故选项A错误。", "故选项A错误。"), ("故选B；A是混合物。", "故选B；A是混合物。"),
+    ],
+)  # fmt: skip
+def test_only_a_conclusion_at_the_end_is_cut(ending, kept):
+    said = _pair(wanjuan_exam(EXAM | {"answer_detail": EXPLANATION + ending}))[1]
+    assert said == f"{EXPLANATION}{kept}\n答案为B"
+
+
 def test_a_word_that_holds_the_character_for_omitted_is_kept():
     assert "战略" in _pair(wanjuan_exam(EXAM | {"answer_detail": "这是一项长远的战略，蒸馏水才是纯净物。"}))[1]
 
@@ -46,6 +58,7 @@ def test_a_word_that_holds_the_character_for_omitted_is_kept():
         ({"q_type": "", "std_ans": "CA", "answer_detail": ""}, "多选题", "AC"),
         ({"q_type": "", "answer_detail": ""}, "单选题", "B"),
         ({"q_type": "选择题", "std_ans": "(b)", "answer_detail": ""}, "选择题", "B"),
+        ({"q_type": "多选题", "std_ans": "Ａ和Ｃ。", "answer_detail": ""}, "多选题", "AC"),
     ],
 )
 def test_the_type_is_the_rows_own_or_follows_from_its_key(change, kind, said):
