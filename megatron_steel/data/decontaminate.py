@@ -28,7 +28,7 @@ _WORDS, _CHARACTERS = 13, 20
 _ANCHOR, _STRIDE = 8, 6  # a run of 13 units holds all of an anchor: 8 + 6 - 1
 _LEAST_SHARE = 0.6  # of a run that counts: 8 of 13 words, 12 of 20 characters
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_UNIT = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
+_RUN = re.compile(rf"([{_CJK}]+)|([^\W_{_CJK}]+)")  # of characters, or a word
 _IS_CJK = re.compile(rf"[{_CJK}]")
 _QUESTION_KEYS = ("question", "Question", "problem", "prompt", "query", "instruction", "input", "text")
 _OPTION_KEYS = ("options", "choices", "endings")
@@ -84,18 +84,20 @@ class Matcher:
         if content < _LEAST_SHARE or len(units) < _ANCHOR:
             self.unmatchable[-1] += 1
             return
-        for at in range(0, len(units) - _ANCHOR + 1, _STRIDE):
-            anchor = " ".join(units[at : at + _ANCHOR])
-            self._anchors.setdefault(anchor, []).append((len(self.items), at))
+        for at, anchor in enumerate(_anchors(units)):
+            if at % _STRIDE == 0:
+                self._anchors.setdefault(anchor, []).append((len(self.items), at))
         self.items.append(Item(len(self.files) - 1, number, tuple(units)))
 
     def find(self, text: str) -> list[Hit]:
         """Every item that `text` holds, in the order of the items."""
         units = _units(text)
-        joined, ends = " ".join(units), list(itertools.accumulate(len(unit) + 1 for unit in units))
+        anchors = _anchors(units)
+        if self._anchors.keys().isdisjoint(anchors):  # nearly always
+            return []
         found: dict[int, str] = {}
-        for at, (begin, end) in enumerate(zip([0, *ends], ends[_ANCHOR - 1 :], strict=False)):
-            for item, place in self._anchors.get(joined[begin : end - 1], ()):
+        for at, anchor in enumerate(_anchors(units)):
+            for item, place in self._anchors.get(anchor, ()):
                 if item not in found and (run := self._run(units, at, item, place)):
                     found[item] = " ".join(run)
         return [Hit(item, found[item]) for item in sorted(found)]
@@ -113,7 +115,19 @@ class Matcher:
 
 
 def _units(text: str) -> list[str]:
-    return _UNIT.findall(unicodedata.normalize("NFKC", text).casefold())
+    units: list[str] = []
+    for characters, word in _RUN.findall(unicodedata.normalize("NFKC", text).casefold()):
+        if characters:
+            units.extend(characters)
+        else:
+            units.append(word)
+    return units
+
+
+def _anchors(units: list[str]) -> Iterator[str]:
+    """Every run of eight units, each with a space behind it."""
+    ends = [0, *itertools.accumulate(map((1).__add__, map(len, units)))]
+    return map(f"{' '.join(units)} ".__getitem__, map(slice, ends, ends[_ANCHOR:]))
 
 
 def _weight(units: Iterable[str]) -> float:
