@@ -19,13 +19,14 @@ def write_letters(folder, seed: int = 5, only: str = "", template: str | None = 
     `only`: the model writes no other characters than these, and the end of its turn.
     """
     import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<eos>", "<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
     words = {word: i for i, word in enumerate([*special, *dict.fromkeys(_SHOWN)])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
                                         additional_special_tokens=special[3:])  # fmt: skip
     tokenizer.chat_template = template
