@@ -162,6 +162,13 @@ def import_hf(source: str, output: str, trust_code: bool) -> None:
     import_hf(source, output, trust_code)
 
 
+def sft_data(spec: str, output: str, force_test_splits: bool, workers: int | None) -> None:
+    from megatron_steel.post.sft_data import sft_data
+    from megatron_steel.post.sft_report import table
+
+    print(table(sft_data(spec, output, force_test_splits, workers)))
+
+
 def audit(source: str, **settings: Any) -> None:
     from megatron_steel.audit import audit
 
@@ -294,6 +301,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("source", metavar="HF_DIR")
     p.add_argument("output", metavar="OUT_DIR")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+
+    p = verb(sft_data, "published instruction, preference or question sets to one mixture for TRL and LLaMA-Factory")
+    p.add_argument("spec", metavar="SPEC.yaml", help="which sets, how much of each: docs/sft_data.md")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--force-test-splits", action="store_true", help="train on test splits of benchmarks all the same")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
     p = verb(audit, "can the model see the future, what is its honest loss, do its FFNs work")
     p.add_argument("source", metavar="HF_DIR_OR_CHECKPOINT")
