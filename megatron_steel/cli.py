@@ -1,24 +1,22 @@
-"""`megatron-steel VERB`: each verb parses its arguments and calls one room.
+"""`megatron-steel VERB`: the arguments of each verb; what it does is in `verbs`.
 
-Nothing heavy is imported before a verb runs, so that `--help` is instant. A verb's function is named after it (`import`
-is a keyword, so its function is `import_hf`).
+Nothing heavy is imported before a verb runs, so that `--help` is instant.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from megatron_steel import __version__, dist
+from megatron_steel import __version__, dist, verbs
+
+AddVerb = Callable[..., argparse.ArgumentParser]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input)."""
     parser = _parser()
     known, rest = parser.parse_known_args(argv)
-    if rest and (known.action not in (pretrain, launch) or any(word.startswith("-") for word in rest)):
+    if rest and (known.action not in (verbs.pretrain, verbs.launch) or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments = vars(known)
     if rest:  # overrides that stand behind --dry-run
@@ -28,196 +26,42 @@ def main(argv: list[str] | None = None) -> int:
     return dist.exit_code(lambda: action(**arguments))
 
 
-def pretrain(recipe: str, overrides: list[str], dry_run: bool) -> None:
-    from megatron_steel.pretrain import run
-
-    run(recipe, overrides, dry_run)
-
-
-def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: str | None) -> None:
-    from megatron_steel.supervise import launch
-
-    launch(recipe, overrides, num_gpus, hostfile)
-
-
-def recipes(show: list[str]) -> None:
-    from megatron_steel import recipe
-
-    if not show:
-        for name in recipe.recipe_names():
-            print(f"{name:20} {_first_comment(recipe.recipe_path(name))}")
-        return
-    if show[0] != "show" or len(show) != 2:
-        raise _usage("megatron-steel recipes [show NAME]")
-    print(recipe.recipe_path(show[1]).read_text(encoding="utf-8"), end="")
-
-
-def prepare(source: str, inputs: list[str], output: str | None, fetch: str | None, **options: Any) -> None:
-    hub, sample = options.pop("hub"), options.pop("sample")
-    if fetch and not inputs and not output:
-        from megatron_steel.data.fetch import fetch as download
-
-        download(source, fetch, hub, sample)
-        return
-    if fetch or not output or not inputs:
-        raise _usage("megatron-steel prepare SOURCE INPUT... --output FILE.jsonl, or prepare SOURCE --fetch DIR")
-    from megatron_steel.data.prepare import prepare, table
-
-    print(table(prepare(source, inputs, output, **options)))
-
-
-def tokenize(inputs: list[str], **settings: Any) -> None:
-    from megatron_steel.data.tokenize import tokenize
-
-    tokenize(inputs, **settings)
-
-
-def clean(inputs: list[str], **settings: Any) -> None:
-    from megatron_steel.data.clean.report import table
-    from megatron_steel.data.clean.run import clean
-
-    print(table(clean(inputs, **settings)), end="")
-
-
-def train_tokenizer(inputs: list[str], output: str, vocab_size: int, compare: list[str]) -> None:
-    from megatron_steel.data.train_tokenizer import train_tokenizer
-
-    for path, figure in train_tokenizer(inputs, output, vocab_size, compare=compare).items():
-        print(f"{path}: {figure:.3f} characters per token on held-out text")
-
-
-def prune_tokenizer(source: str, prefixes: list[str], vocab_size: int, output: str) -> None:
-    from megatron_steel.data.prune_tokenizer import prune_tokenizer
-
-    share = prune_tokenizer(source, prefixes, vocab_size, output)
-    print(f"{output}: {vocab_size:,} ids; {share:.3%} of the data's tokens keep their id")
-
-
-def verify(prefixes: list[str]) -> None:
-    from megatron_steel.data.manifest import verify
-    from megatron_steel.errors import SteelError
-
-    problems = []
-    for prefix in prefixes:
-        try:
-            manifest = verify(prefix)
-            print(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens", flush=True)
-        except SteelError as problem:  # the others are looked at all the same
-            problems.append(problem)
-    if len(problems) > 1:
-        whats = "".join(f"\n    {problem.where}: {problem.what}" for problem in problems)
-        raise SteelError(f"{len(problems)} of {len(prefixes)} data sets fail:{whats}", "verify", problems[0].remedy)
-    if problems:
-        raise problems[0]
-
-
-def inspect(
-    target: str, tokenizer: str | None, step: int | None, rank: int | None, json_file: str | None, picture: str | None
-) -> None:
-    is_run = (Path(target) / "checkpoints").is_dir() or (Path(target) / "recipe.yaml").is_file()
-    if (is_run and picture) or (not is_run and step is not None) or (rank is not None and step is None):
-        raise _usage("inspect PREFIX [--tokenizer T] [--picture F] [--json F], or inspect RUN [--step N [--rank R]]")
-    if not is_run:
-        _inspect_data(target, tokenizer, json_file, picture)
-        return
-    from megatron_steel import inspect_run
-
-    if step is None:
-        print(inspect_run.checkpoints_of(Path(target)))
-        return
-    found = inspect_run.look(Path(target), step, rank, tokenizer)
-    for line in inspect_run.as_text(found):
-        print(line)
-    _write_json(json_file, inspect_run.to_json(found), indent=None)
-
-
-def _inspect_data(prefix: str, tokenizer: str | None, json_file: str | None, picture: str | None) -> None:
-    from megatron_steel.data import inspect
-    from megatron_steel.data.tokenizer import load_tokenizer
-
-    report = inspect.look(prefix, load_tokenizer(tokenizer) if tokenizer else None)
-    print(inspect.as_text(report))
-    _write_json(json_file, report.to_json())
-    if picture:
-        inspect.draw(report, picture)
-
-
-def merge(prefixes: list[str], output: str) -> None:
-    from megatron_steel.data.merge import merge
-
-    manifest = merge(prefixes, output)
-    print(f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
-
-
-def export(source: str, output: str, dtype: str, verify: bool) -> None:
-    from megatron_steel.audit import verdict_of
-    from megatron_steel.convert.hf import export
-
-    export(source, output, dtype=dtype, verify=verify, audit=verdict_of)
-
-
-def import_hf(source: str, output: str, trust_code: bool) -> None:
-    from megatron_steel.convert.import_hf import import_hf
-
-    import_hf(source, output, trust_code)
-
-
-def sft_data(spec: str, output: str, force_test_splits: bool, workers: int | None) -> None:
-    from megatron_steel.post.sft_data import sft_data
-    from megatron_steel.post.sft_report import table
-
-    print(table(sft_data(spec, output, force_test_splits, workers)))
-
-
-def audit(source: str, **settings: Any) -> None:
-    from megatron_steel.audit import audit
-
-    audit(source, **settings)
-
-
-def generate(model: str, prompt: str | None, chat: bool, **settings: Any) -> None:
-    if chat:
-        from megatron_steel.post.chat import chat as talk
-
-        talk(model, **settings)
-        return
-    from megatron_steel.post.generate import generate
-
-    print(generate(model, prompt or "", **settings))
-
-
-def evaluate(models: list[str], tasks: str, **settings: Any) -> None:
-    from megatron_steel.audit import verdict_of
-    from megatron_steel.post.evaluate import evaluate
-
-    evaluate(models, tasks.split(","), **settings, audit=verdict_of)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("megatron-steel", description="Pretrain small language models and ship them.")
     parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    subparsers = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def verb(action: Callable[..., None], help: str, name: str = "") -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name or action.__name__.replace("_", "-"), help=help, description=help)
+        sub = subparsers.add_parser(name or action.__name__.replace("_", "-"), help=help, description=help)
         sub.set_defaults(action=action)
         return sub
 
-    p = verb(pretrain, "train a recipe in one process (several ranks: deepspeed --module megatron_steel.pretrain)")
+    _training(verb)
+    _data(verb)
+    _models(verb)
+    return parser
+
+
+def _training(verb: AddVerb) -> None:
+    p = verb(
+        verbs.pretrain, "train a recipe in one process (several ranks: deepspeed --module megatron_steel.pretrain)"
+    )
     p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
     p.add_argument("overrides", nargs="*", metavar="key.path=value")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
 
-    p = verb(launch, "train a recipe on every GPU (two ranks without one), supervised: start again after a crash")
+    p = verb(verbs.launch, "train a recipe on every GPU (two ranks without one), supervised: start again after a crash")
     p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
     p.add_argument("overrides", nargs="*", metavar="key.path=value")
     p.add_argument("--num_gpus", type=int, metavar="N", help="ranks on each node (default: one per GPU)")
     p.add_argument("--hostfile", metavar="F", help="several nodes, one line each: HOSTNAME slots=GPUS")
 
-    p = verb(recipes, "list the shipped recipes, or show one")
+    p = verb(verbs.recipes, "list the shipped recipes, or show one")
     p.add_argument("show", nargs="*", metavar="show NAME")
 
-    p = verb(prepare, "files of a known corpus to one jsonl file of texts, or fetch the corpus from a hub")
+
+def _data(verb: AddVerb) -> None:
+    p = verb(verbs.prepare, "files of a known corpus to one jsonl file of texts, or fetch the corpus from a hub")
     p.add_argument("source", metavar="SOURCE", help="skypile, zhihu-kol, messages, ...: docs/prepare.md has them all")
     p.add_argument("inputs", nargs="*", metavar="INPUT")
     p.add_argument("--output", metavar="FILE.jsonl")
@@ -236,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--hub", choices=("huggingface", "modelscope"), default="huggingface", help="where --fetch looks")
     p.add_argument("--sample", metavar="SIZE", help="with --fetch: whole files up to this size, as in 1GB")
 
-    p = verb(tokenize, "jsonl, parquet or text to PREFIX.bin/.idx")
+    p = verb(verbs.tokenize, "jsonl, parquet or text to PREFIX.bin/.idx")
     p.add_argument("inputs", nargs="+", metavar="INPUT")
     p.add_argument("--tokenizer", dest="tokenizer_path", required=True, metavar="DIR_OR_MODEL")
     p.add_argument("--output", dest="output_prefix", required=True, metavar="PREFIX")
@@ -249,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--shuffle", action="store_true", help="permute the documents, for corpora that lie sorted")
     p.add_argument("--seed", type=int, default=0, help="which permutation (default: 0)")
 
-    p = verb(clean, "clean and deduplicate jsonl with data-juicer, every row accounted for (docs/clean.md)")
+    p = verb(verbs.clean, "clean and deduplicate jsonl with data-juicer, every row accounted for (docs/clean.md)")
     p.add_argument("inputs", nargs="+", metavar="INPUT.jsonl")
     p.add_argument("--chain", required=True, metavar="CHAIN",
                    help="text, code, text-original, code-original, or a YAML file")  # fmt: skip
@@ -262,22 +106,22 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS",
                    help="run on Ray: a cluster that shares this file system (default: start one here)")  # fmt: skip
 
-    p = verb(train_tokenizer, "train a sentencepiece BPE tokenizer and write it as a Hugging Face folder")
+    p = verb(verbs.train_tokenizer, "train a sentencepiece BPE tokenizer and write it as a Hugging Face folder")
     p.add_argument("inputs", nargs="+", metavar="INPUT")
     p.add_argument("--output", required=True, metavar="DIR")
     p.add_argument("--vocab-size", type=int, required=True)
     p.add_argument("--compare", nargs="*", default=[], metavar="DIR", help="measure these tokenizers on the same text")
 
-    p = verb(prune_tokenizer, "a tokenizer with fewer ids: those that tokenized data uses most")
+    p = verb(verbs.prune_tokenizer, "a tokenizer with fewer ids: those that tokenized data uses most")
     p.add_argument("source", metavar="DIR")
     p.add_argument("--data", dest="prefixes", nargs="+", required=True, metavar="PREFIX", help="what it tokenized")
     p.add_argument("--vocab-size", type=int, required=True)
     p.add_argument("--output", required=True, metavar="DIR")
 
-    p = verb(verify, "read a data set from end to end and compare it with its manifest")
+    p = verb(verbs.verify, "read a data set from end to end and compare it with its manifest")
     p.add_argument("prefixes", nargs="+", metavar="PREFIX")
 
-    p = verb(inspect, "what a data set or a run folder is")
+    p = verb(verbs.inspect, "what a data set or a run folder is")
     p.add_argument("target", metavar="PREFIX_OR_RUN")
     p.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="show text, not ids (of a run: instead of the recipe's)")
     p.add_argument("--step", type=int, metavar="N", help="of a run: every sample of step N, its documents and text")
@@ -285,37 +129,43 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
     p.add_argument("--picture", metavar="FILE", help="of a data set: write a PNG here")
 
-    p = verb(merge, "join data sets into one")
+    p = verb(verbs.merge, "join data sets into one")
     p.add_argument("prefixes", nargs="+", metavar="PREFIX")
     p.add_argument("--output", required=True, metavar="PREFIX")
 
-    p = verb(export, "write a checkpoint as a Hugging Face folder")
+
+def _models(verb: AddVerb) -> None:
+    p = verb(verbs.export, "write a checkpoint as a Hugging Face folder")
     p.add_argument("source", metavar="RUN_OR_CHECKPOINT")
     p.add_argument("output", metavar="OUT_DIR")
     p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     p.add_argument("--verify", action="store_true", help="reload in a fresh process and compare logits")
 
     p = verb(
-        import_hf, "make a published model a folder to start from (Steel-LLM: in this package's own form)", "import"
+        verbs.import_hf,
+        "make a published model a folder to start from (Steel-LLM: in this package's own form)",
+        "import",
     )
     p.add_argument("source", metavar="HF_DIR")
     p.add_argument("output", metavar="OUT_DIR")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
-    p = verb(sft_data, "published instruction, preference or question sets to one mixture for TRL and LLaMA-Factory")
+    p = verb(
+        verbs.sft_data, "published instruction, preference or question sets to one mixture for TRL and LLaMA-Factory"
+    )
     p.add_argument("spec", metavar="SPEC.yaml", help="which sets, how much of each: docs/sft_data.md")
     p.add_argument("--output", required=True, metavar="DIR")
     p.add_argument("--force-test-splits", action="store_true", help="train on test splits of benchmarks all the same")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
-    p = verb(audit, "can the model see the future, what is its honest loss, do its FFNs work")
+    p = verb(verbs.audit, "can the model see the future, what is its honest loss, do its FFNs work")
     p.add_argument("source", metavar="HF_DIR_OR_CHECKPOINT")
     p.add_argument("--data", metavar="PREFIX", help="a data set for the losses (default: random tokens)")
     p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
     p.add_argument("--picture", metavar="FILE", help="write a PNG here")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
-    p = verb(generate, "let an exported model write")
+    p = verb(verbs.generate, "let an exported model write")
     p.add_argument("model", metavar="HF_DIR")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
@@ -324,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--greedy", action="store_true", help="always the likeliest token (default: sample)")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
-    p = verb(evaluate, "score models with lm-evaluation-harness (extra: eval) or by their written answers")
+    p = verb(verbs.evaluate, "score models with lm-evaluation-harness (extra: eval) or by their written answers")
     p.add_argument("models", nargs="+", metavar="HF_DIR", help="a model, or a folder of models (a run, its exports)")
     p.add_argument("--tasks", required=True, help="comma-separated, for example ceval-valid,cmmlu,mmlu")
     p.add_argument(
@@ -338,23 +188,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tensorboard", metavar="DIR", help="write the scores against the exports' steps here")
     p.add_argument("--picture", metavar="FILE", help="write a bar chart beside published scores here (PNG)")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
-    return parser
-
-
-def _first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
-
-
-def _write_json(file: str | None, tree: dict[str, Any], indent: int | None = 1) -> None:
-    if file:
-        Path(file).write_text(json.dumps(tree, indent=indent, ensure_ascii=False), encoding="utf-8")
-
-
-def _usage(text: str) -> Exception:
-    from megatron_steel.errors import SteelError
-
-    return SteelError("the command is not complete", "command line", text)
 
 
 if __name__ == "__main__":
