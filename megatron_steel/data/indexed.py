@@ -334,7 +334,6 @@ class IndexedWriter:
 
     `.bin` takes its name before `.idx`, and an older `.idx` goes first: an `.idx` never stands beside a `.bin` that is
     not its own. A second writer of the same prefix gets `Busy`. After the block `facts` holds what was written.
-    Memory does not grow with the data.
     """
 
     facts: Facts
@@ -345,6 +344,7 @@ class IndexedWriter:
         if self.dtype not in _CODES:
             raise ValueError(f"{self.dtype} is no token dtype: {[str(d) for d in _CODES]}")
         self._limits = np.iinfo(self.dtype)
+        self._one_each = True  # document i is sequence i so far: its boundaries need not be spooled
         self.tokens = self.sequences = self.documents = 0
         self.max_id, self._max_document = -1, 0
         self._sha = hashlib.sha256()
@@ -360,19 +360,19 @@ class IndexedWriter:
         return self
 
     def add_document(self, ids: npt.ArrayLike) -> None:
-        """Append one document (its ids, end of document included); an empty one is a boundary without a sequence.
-
-        Raises SteelError where an id is negative or does not fit the dtype.
-        """
+        """As `add_documents` for one: its ids, end of document included."""
         tokens = np.asarray(ids)
         if tokens.size and tokens.dtype.kind not in "iu":
             raise ValueError(f"token ids are integers, not {tokens.dtype}")
         self.add_documents(tokens, np.array([tokens.size]))
 
     def add_documents(self, ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """As `add_document` for many: their ids one after another, and how many each document has."""
-        ends = np.cumsum(lengths)
+        """Append documents: their ids one after another, and how many each has; 0 is a boundary without a sequence.
+
+        Raises SteelError where an id is negative or does not fit the dtype.
+        """
         if ids.size:
+            ends = np.cumsum(lengths)
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high > self._limits.max:
                 bad = low if low < 0 else high
@@ -380,13 +380,11 @@ class IndexedWriter:
                 what = f"document {document} (counted from 0) holds token id {bad}, outside 0 to {self._limits.max}"
                 raise SteelError(what, self.prefix, "use the tokenizer's real vocabulary size for the dtype")
             if high > self.max_id:
-                at = int(ids.argmax())
-                self.note_max(high, self.documents + int(np.searchsorted(ends, at, side="right")))
+                self.note_max(high, self.documents + int(np.searchsorted(ends, ids.argmax(), side="right")))
             self.add_tokens(np.ascontiguousarray(ids, self.dtype).data)
-        filled = lengths > 0
-        before = self.sequences
-        self.add_sequences(lengths[filled])
-        self.add_boundaries(before + np.cumsum(filled))
+        boundaries = self.sequences + np.cumsum(lengths > 0)
+        self.add_sequences(lengths[lengths > 0])
+        self.add_boundaries(boundaries)
 
     def add_tokens(self, raw: bytes | memoryview) -> None:
         """Append bytes of whole tokens to `.bin`."""
@@ -400,7 +398,12 @@ class IndexedWriter:
 
     def add_boundaries(self, ends: npt.NDArray[Any]) -> None:
         """Close a document after the sequence numbers `ends`."""
-        self._files["documents"].write(np.ascontiguousarray(ends, _OFFSET).data)
+        if self._one_each and np.any(ends - self.documents != np.arange(1, len(ends) + 1)):
+            self._one_each = False  # from here on they are spooled: first those that were only counted
+            for chunk in _countings(1, self.documents + 1):
+                self._files["documents"].write(chunk.data)
+        if not self._one_each:
+            self._files["documents"].write(np.ascontiguousarray(ends, _OFFSET).data)
         self.documents += len(ends)
 
     def note_max(self, token_id: int, document: int) -> None:
@@ -418,13 +421,8 @@ class IndexedWriter:
     def _publish(self) -> None:
         if self.tokens == 0:
             raise SteelError("there is no token to write", self.prefix, "give an input that has text")
-        self._finish_index()
-        idx = self._files["idx"]
-        idx.seek(0)
-        idx_sha = hashlib.sha256()
-        while chunk := idx.read(1 << 22):
-            idx_sha.update(chunk)
-        idx_bytes = idx.tell()
+        idx_sha = self._finish_index()
+        idx_bytes = self._files["idx"].seek(0, os.SEEK_END)
         for name in ("bin", "idx"):
             self._files[name].flush()
             os.fsync(self._files[name].fileno())
@@ -435,28 +433,42 @@ class IndexedWriter:
         self.facts = Facts(
             tokens=self.tokens, sequences=self.sequences, documents=self.documents, dtype=str(self.dtype.name),
             bin_bytes=self.tokens * self.dtype.itemsize, idx_bytes=idx_bytes,
-            digest=content_digest(self._sha.digest(), idx_sha.digest()),
+            digest=content_digest(self._sha.digest(), idx_sha),
             max_token_id=self.max_id, max_token_document=self._max_document,
         )  # fmt: skip
 
-    def _finish_index(self) -> None:
-        """Lengths are in place: add the offsets they imply, the document boundaries, and the header."""
-        idx, documents = self._files["idx"], self._files["documents"]
-        at, step = 0, 1 << 20
-        for start in range(0, self.sequences, step):
-            count = min(step, self.sequences - start)
-            idx.seek(_HEADER.size + start * _LENGTH.itemsize)
-            lengths = np.frombuffer(idx.read(count * _LENGTH.itemsize), _LENGTH).astype(np.int64)
-            ends = np.cumsum(lengths * self.dtype.itemsize) + at
+    def _finish_index(self) -> bytes:
+        """Lengths are in place: add the header, the offsets they imply and the boundaries. Returns the SHA-256."""
+        idx, header = (
+            self._files["idx"],
+            _HEADER.pack(_MAGIC, 1, _CODES[self.dtype], self.sequences, self.documents + 1),
+        )
+        sha = hashlib.sha256(header)
+        for lengths in self._lengths():
+            sha.update(lengths.data)
+        at = 0
+        for lengths in self._lengths():
+            ends = np.cumsum(lengths, dtype=_OFFSET) * self.dtype.itemsize + at
+            at, offsets = int(ends[-1]), ends - lengths.astype(_OFFSET) * self.dtype.itemsize
+            sha.update(offsets.data)
             idx.seek(0, os.SEEK_END)
-            idx.write(np.ascontiguousarray(ends - lengths * self.dtype.itemsize, _OFFSET).data)
-            at = int(ends[-1])
-        documents.seek(0)
+            idx.write(offsets.data)
         idx.seek(0, os.SEEK_END)
-        while chunk := documents.read(1 << 22):
+        self._files["documents"].seek(0)
+        spooled = iter(lambda: self._files["documents"].read(1 << 22), b"")
+        chunks: Iterator[Any] = _countings(0, self.documents + 1) if self._one_each else spooled
+        for chunk in chunks:
+            sha.update(chunk)
             idx.write(chunk)
         idx.seek(0)
-        idx.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], self.sequences, self.documents + 1))
+        idx.write(header)
+        return sha.digest()
+
+    def _lengths(self) -> Iterator[npt.NDArray[Any]]:
+        idx, step = self._files["idx"], 1 << 20
+        for start in range(0, self.sequences, step):
+            idx.seek(_HEADER.size + start * _LENGTH.itemsize)
+            yield np.frombuffer(idx.read(min(step, self.sequences - start) * _LENGTH.itemsize), _LENGTH)
 
     def _aside(self, name: str) -> str:
         return f"{self.prefix}.{name}.partial"  # a fixed name: what a killed writer leaves, the next one overwrites
@@ -466,6 +478,10 @@ class IndexedWriter:
             Path(self._aside(name)).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # what a full disk did not take is thrown away here
                 file.close()
+
+
+def _countings(start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
+    return (np.arange(at, min(at + (1 << 20), stop), dtype=_OFFSET) for at in range(start, stop, 1 << 20))
 
 
 def negative_id(data: IndexedDataset, position: int) -> SteelError:

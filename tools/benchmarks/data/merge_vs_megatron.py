@@ -30,11 +30,12 @@ from megatron_steel.data.indexed import IndexedWriter
 from megatron_steel.data.merge import merge
 folder = Path(sys.argv[1])
 lengths = np.load(folder / "lengths.npy")
+boundaries = np.arange(1, len(lengths) + 1)
 parts = sorted(str(path)[:-4] for path in (folder / "parts").glob("*.idx"))
 def index():
     with IndexedWriter(folder / "ours-index", np.uint16) as writer:
         writer.add_sequences(lengths)
-        writer.add_boundaries(np.arange(1, len(lengths) + 1))
+        writer.add_boundaries(boundaries)
         writer.add_tokens(bytes(2))  # a data set without a token is none
 def merging():
     merge(parts, folder / "ours")
