@@ -15,7 +15,6 @@ Must not know tokenizers, manifests or what a sample is.
 
 import bisect
 import contextlib
-import fcntl
 import hashlib
 import os
 import struct
@@ -27,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_steel.data.reserve import locked
 from megatron_steel.errors import SteelError
 
 PathLike = str | os.PathLike[str]
@@ -71,45 +71,6 @@ def bin_path(prefix: PathLike) -> Path:
 
 def idx_path(prefix: PathLike) -> Path:
     return Path(f"{os.fspath(prefix)}.idx")
-
-
-class Busy(SteelError):  # noqa: N818  (it says what the place is)
-    """Another process writes there; what it has written so far is its own."""
-
-
-@contextlib.contextmanager
-def reserved(prefix: PathLike) -> Iterator[None]:
-    """Keep every other process from making `prefix` meanwhile; raises `Busy` where one does already.
-
-    The file PREFIX.lock goes at the end. The kernel drops the lock when its holder dies, so a stale one cannot exist.
-    """
-    path = Path(f"{os.fspath(prefix)}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile looks again
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """Open `path` for this process alone, empty. A file system without locks (some network ones) gives none."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        file = os.fdopen(fd, "rb+", buffering=1 << 20)  # not cut before it is known to be ours
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            remedy = "wait for it or stop it, or choose another output"
-            raise Busy("another process is writing this data set", path, remedy) from None
-        except OSError:
-            pass
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                file.truncate(0)
-                return file
-        file.close()  # its holder finished and took it away between the open and the lock
 
 
 class IndexedDataset:
@@ -352,7 +313,7 @@ class IndexedWriter:
 
     def __enter__(self) -> "IndexedWriter":
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._files["documents"] = _locked(Path(self._aside("documents")))  # whoever holds it owns the others
+        self._files["documents"] = locked(Path(self._aside("documents")))  # whoever holds it owns the others
         for name in ("bin", "idx"):
             self._files[name] = open(self._aside(name), "wb+", buffering=1 << 20)
         self._files["idx"].write(bytes(_HEADER.size))

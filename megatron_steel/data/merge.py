@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_steel.data import manifest
-from megatron_steel.data.indexed import Facts, IndexedDataset, IndexedWriter, PathLike, negative_id, reserved
+from megatron_steel.data.indexed import Facts, IndexedDataset, IndexedWriter, PathLike, negative_id
+from megatron_steel.data.reserve import reserved
 from megatron_steel.errors import SteelError
 
 log = logging.getLogger("megatron_steel")

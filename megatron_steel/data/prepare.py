@@ -23,8 +23,9 @@ from typing import IO, Any
 
 from megatron_steel.data import parallel, readers
 from megatron_steel.data.decontaminate import Matcher
-from megatron_steel.data.indexed import PathLike, reserved
+from megatron_steel.data.indexed import PathLike
 from megatron_steel.data.lines import EXAMPLES, Counts, Maker, Settings, make
+from megatron_steel.data.reserve import reserved
 from megatron_steel.errors import SteelError
 
 log = logging.getLogger("megatron_steel")

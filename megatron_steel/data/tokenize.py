@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.data import encoders, manifest, parallel, parts, readers
-from megatron_steel.data.indexed import Busy, PathLike, bin_path, idx_path, reserved
+from megatron_steel.data.indexed import PathLike, bin_path, idx_path
 from megatron_steel.data.merge import concatenate
 from megatron_steel.data.permutation import key_of
+from megatron_steel.data.reserve import Busy, reserved
 from megatron_steel.data.shuffle import shuffled
 from megatron_steel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_steel.errors import SteelError

@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron_steel.checkpoint.commit import sync
 from megatron_steel.data import parallel, readers
-from megatron_steel.data.indexed import reserved
+from megatron_steel.data.reserve import reserved
 from megatron_steel.errors import SteelError
 from megatron_steel.post import llama_factory, sft_report
 from megatron_steel.post.mix import Mixture, mix

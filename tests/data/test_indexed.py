@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_steel.data import manifest
-from megatron_steel.data.indexed import Busy, Facts, IndexedDataset, IndexedWriter, best_dtype, reserved
+from megatron_steel.data.indexed import Facts, IndexedDataset, IndexedWriter, best_dtype
 from megatron_steel.data.manifest import load, trust, verify
 from megatron_steel.data.merge import concatenate, merge
+from megatron_steel.data.reserve import Busy, reserved
 from megatron_steel.errors import SteelError
 
 LENGTHS_AT = 34

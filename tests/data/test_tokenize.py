@@ -22,11 +22,12 @@ from processes import session, wait_for
 from megatron_steel import cli
 from megatron_steel.data import parts, readers, shuffle
 from megatron_steel.data import tokenize as room
-from megatron_steel.data.indexed import Busy, IndexedDataset, IndexedWriter
+from megatron_steel.data.indexed import IndexedDataset, IndexedWriter
 from megatron_steel.data.manifest import load, trust, verify
 from megatron_steel.data.merge import merge
 from megatron_steel.data.parallel import WorkerDied
 from megatron_steel.data.permutation import permute
+from megatron_steel.data.reserve import Busy
 from megatron_steel.data.tokenize import tokenize
 from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError

@@ -1,0 +1,49 @@
+"""One writer at a time: a place on disk held by a kernel lock, which no dead process can keep. Knows nothing of formats."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from megatron_steel.errors import SteelError
+
+
+class Busy(SteelError):  # noqa: N818  (it says what the place is)
+    """Another process writes there; what it has written so far is its own."""
+
+
+@contextlib.contextmanager
+def reserved(prefix: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep every other process from making `prefix` meanwhile; raises `Busy` where one does already.
+
+    The file PREFIX.lock goes at the end. The kernel drops the lock when its holder dies, so a stale one cannot exist.
+    """
+    path = Path(f"{os.fspath(prefix)}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile looks again
+
+
+def locked(path: Path) -> IO[bytes]:
+    """Open `path` for this process alone, empty. A file system without locks (some network ones) gives none."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        file = os.fdopen(fd, "rb+", buffering=1 << 20)  # not cut before it is known to be ours
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            remedy = "wait for it or stop it, or choose another output"
+            raise Busy("another process is writing this data set", path, remedy) from None
+        except OSError:
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                return file
+        file.close()  # its holder finished and took it away between the open and the lock
