@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb runs, so that `--help` is instant.
 import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from megatron_steel import __version__, dist, verbs
 
@@ -26,8 +27,16 @@ def main(argv: list[str] | None = None) -> int:
     return dist.exit_code(lambda: action(**arguments))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A command that cannot be read is bad configuration, as a recipe is: 78, where argparse has 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(78, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("megatron-steel", description="Pretrain small language models and ship them.")
+    parser = _Parser("megatron-steel", description="Pretrain small language models and ship them.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 

@@ -181,7 +181,10 @@ def _first_comment(path: Path) -> str:
 
 def _write_json(file: str | None, tree: dict[str, Any], indent: int | None = 1) -> None:
     if file:
-        Path(file).write_text(json.dumps(tree, indent=indent, ensure_ascii=False), encoding="utf-8")
+        from megatron_steel.data.reserve import published
+
+        with published(file) as aside:
+            Path(aside).write_text(json.dumps(tree, indent=indent, ensure_ascii=False), encoding="utf-8")
 
 
 def _usage(text: str) -> Exception:

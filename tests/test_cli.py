@@ -43,7 +43,7 @@ def test_recipes_are_listed_and_shown(capsys):
 def test_an_unknown_option_is_refused(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["verify", "x", "--fast"])
-    assert left.value.code == 2
+    assert left.value.code == 78
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
 
 

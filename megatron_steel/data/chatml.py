@@ -31,6 +31,9 @@ class Format:
     control: tuple[str, ...]
     render: Callable[[Turns], str]
     """All turns, the last one left open. Raises TemplateRefused; SteelError where there is no template at all."""
+    forged: Callable[[str], bool] = lambda text: False
+    """Does the tokenizer find a control string in a text that `harmless` has left? Some look for theirs only after they
+    have changed the text (folded, lower-cased)."""
 
 
 def load_format(tokenizer: str | Path | None) -> Format:
@@ -48,18 +51,24 @@ def chatml(turns: Turns) -> str:
 
 
 def harmless(control: Iterable[str]) -> Callable[[str], tuple[str, int]]:
-    """A function that puts a space behind the first character of every control string, and counts them.
+    """A function that puts a space behind the first character (no space) of every control string, and counts them.
 
     `<|im_end|>` becomes `< |im_end|>`: no tokenizer takes it for its own, people see what was done, and neither
     NFKC nor a cleaner of invisible characters undoes it (a zero-width space would go, and the marker would be back).
     """
-    pieces = sorted((re.escape(text) for text in control if len(text) > 1), key=len, reverse=True)
+    # Of white space alone, or of one character, no string can be broken up; nothing but its place makes it control.
+    pieces = sorted((re.escape(text) for text in control if len(text.strip()) > 1), key=len, reverse=True)
     pattern = re.compile("|".join(pieces))
+
+    def broken(found: re.Match[str]) -> str:
+        first = re.search(r"\S", found[0])
+        assert first is not None  # of the pieces above
+        return f"{found[0][: first.end()]} {found[0][first.end() :]}"
 
     def clean(text: str) -> tuple[str, int]:
         total = 0
         while True:  # once more where two control strings lay in one another
-            text, count = pattern.subn(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+            text, count = pattern.subn(broken, text)
             if not count:
                 return text, total
             total += count
@@ -79,6 +88,11 @@ def _of_tokenizer(path: Path) -> Format:
         what = f"transformers cannot load this tokenizer: {type(error).__name__}: {error}"
         raise SteelError(what, path, "give a folder with tokenizer.json or the files of its class") from None
     special = [token.content for token in hf.added_tokens_decoder.values() if token.special]
+    late = {i for i, token in hf.added_tokens_decoder.items() if token.special and token.normalized}
+    late -= {hf.unk_token_id}
+
+    def forged(text: str) -> bool:
+        return bool(late) and not late.isdisjoint(hf(text, add_special_tokens=False)["input_ids"])
 
     def render(turns: Turns) -> str:
         if not hf.chat_template:
@@ -86,9 +100,10 @@ def _of_tokenizer(path: Path) -> Format:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
             text = str(hf.apply_chat_template(messages, tokenize=False))
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, KeyError) as error:  # templates may call anything
             raise TemplateRefused(str(error)) from None
         closed = text.removesuffix("\n")
         return closed.removesuffix(hf.eos_token) if hf.eos_token and closed.endswith(hf.eos_token) else text
 
-    return Format(path.resolve().name, tuple(dict.fromkeys([*CONTROL, *special, *hf.all_special_tokens])), render)
+    control = tuple(dict.fromkeys([*CONTROL, *special, *hf.all_special_tokens]))
+    return Format(path.resolve().name, control, render, forged)

@@ -5,7 +5,6 @@ Must not know the byte format, runs or orders.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,9 @@ import numpy.typing as npt
 
 from megatron_steel.data import manifest
 from megatron_steel.data.indexed import IndexedDataset, PathLike
+from megatron_steel.data.reserve import published
 from megatron_steel.data.tokenizer import Tokenizer
+from megatron_steel.errors import SteelError
 
 _MOST_DOCUMENTS, _MOST_TOKENS = 1 << 22, 1 << 23
 """What is looked at, at most: tens of MB of the index, and as many of the tokens."""
@@ -54,15 +55,22 @@ class Report:
 
 
 def look(prefix: PathLike, tokenizer: Tokenizer | None = None) -> Report:
-    """Read at most a few tens of MB of a data set. Raises SteelError as opening does."""
+    """Read at most a few tens of MB of a data set. Raises SteelError as opening does, and for another tokenizer than its own."""
     facts = manifest.describe(prefix)
+    own = facts.get("tokenizer fingerprint")
+    if tokenizer and own not in (None, tokenizer.fingerprint):
+        what = f"the data was made by another tokenizer ({facts['tokenizer name']}) than {tokenizer.name}"
+        raise SteelError(what, prefix, "give the tokenizer that made it")
     with IndexedDataset(prefix) as data:
         stretches = _stretches(data.documents, _MOST_DOCUMENTS)
         lengths = np.concatenate([np.diff(data.document_starts(first, stop + 1)) for first, stop in stretches])
         tokens = np.concatenate([data.read(*stretch) for stretch in _stretches(data.tokens, _MOST_TOKENS)])
         numbers = sorted({round(i * (data.documents - 1) / (_SHOWN - 1)) for i in range(_SHOWN)})
+        ids, times = np.unique(tokens, return_counts=True)
+        if tokenizer and int(ids[-1]) >= tokenizer.vocab_size:
+            what = f"the data holds id {ids[-1]}, and {tokenizer.name} has {tokenizer.vocab_size} ids"
+            raise SteelError(what, prefix, "give the tokenizer that made it")
         samples = [_sample(data, number, tokenizer) for number in numbers]
-    ids, times = np.unique(tokens, return_counts=True)
     order = np.argsort(-times, kind="stable")
     top = [(int(ids[i]), int(times[i])) for i in order[:_TOP]]
     at = np.unique(np.geomspace(1, len(ids), 100).astype(np.int64))
@@ -118,9 +126,8 @@ def draw(report: Report, file: PathLike) -> None:
     right.set(xlabel="rank of the id", ylabel="times",
               title=f"{report.distinct:,} of {report.vocabulary:,} ids: {_of(report.tokens_counted, report.facts['tokens'], 'tokens')}")  # fmt: skip
     right.grid(alpha=0.3)
-    aside = f"{os.fspath(file)}.partial"
-    figure.savefig(aside, format="png", dpi=110)
-    os.replace(aside, file)
+    with published(file) as aside:
+        figure.savefig(aside, format="png", dpi=110)
 
 
 def _stretches(count: int, most: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,6 @@ come from or what becomes of lines.
 """
 
 import json
-import os
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -108,12 +107,12 @@ class Maker:
         text = made.text if made.whole else _newlines(made.text)
         text = text if made.code else self._normal(text)
         _check_length([text], "empty")
-        return self._clean(text)
+        return self._harmless(text)
 
     def _conversation(self, made: sources.Conversation) -> tuple[str, int]:
         turns, marks = [], 0
         for role, content in made.turns:
-            content, count = self._clean(self._normal(_newlines(content)))
+            content, count = self._harmless(self._normal(_newlines(content)))
             turns.append((role, content))
             marks += count
         _check_length([content for role, content in turns if role != "system"], "empty turn")
@@ -121,6 +120,12 @@ class Maker:
             return self._format.render(turns), marks
         except chatml.TemplateRefused:
             raise sources.Rejected("template refused it") from None
+
+    def _harmless(self, text: str) -> tuple[str, int]:
+        text, marks = self._clean(text)
+        if self._format.forged(text):
+            raise sources.Rejected("disguised control string")
+        return text, marks
 
     def _normal(self, text: str) -> str:
         return unicodedata.normalize("NFKC", text) if self._settings.nfkc else text
@@ -139,11 +144,10 @@ class Maker:
             raise sources.Rejected("contaminated")
 
 
-def make(item: tuple[readers.Unit, int, str, str], maker: Maker) -> Counts:
-    """One unit to its part; row numbers go on from `item[1]`. Raises SteelError where the file is broken."""
-    unit, before, source, part = item
+def make(item: tuple[readers.Unit, int, dict[str, str], str], maker: Maker) -> Counts:
+    """One unit to its part `item[3]`; row numbers go on from `item[1]`, `item[2]` says where rows are from. Raises SteelError where the file is broken."""
+    unit, before, origin, part = item
     counts = Counts()
-    name = os.fsencode(os.path.basename(unit.path)).decode(errors="replace")
     with open(part, "wb") as file:
         for row in readers.records(unit):
             if row.fields is None and not row.problem:
@@ -153,7 +157,7 @@ def make(item: tuple[readers.Unit, int, str, str], maker: Maker) -> Counts:
             try:
                 if row.problem:
                     raise sources.Broken(row.problem)
-                file.write(maker.line(row, {"source": source, "file": name, "row": number}, counts))
+                file.write(maker.line(row, {**origin, "row": number}, counts))
                 counts.kept += 1
             except sources.Rejected as verdict:
                 counts.rejected[str(verdict)] += 1

@@ -46,7 +46,7 @@ class Manifest(Facts):
         """(name of the input file, number among the documents that came of it), all from 0; None where it is not known."""
         if sum(entry["documents"] for entry in self.provenance) != self.documents:
             return None  # a part of it came from elsewhere
-        entries = iter(self.provenance)
+        entries = iter([entry for entry in self.provenance if entry["documents"]])  # files that gave none lie anywhere
         for entry in entries:
             group, shuffle = [entry], entry.get("shuffled")
             while shuffle and sum(e["documents"] for e in group) < shuffle["documents"]:

@@ -24,8 +24,8 @@ def merge(prefixes: Sequence[PathLike], output: PathLike) -> manifest.Manifest:
     """Merge data sets of one dtype and one tokenizer; write the merged manifest and return it.
 
     Raises:
-        SteelError: nothing to merge, the output is an input, dtypes or tokenizers differ, an input is broken, or
-            another process is writing the output.
+        SteelError: nothing to merge, the output is an input, the same content twice, dtypes or tokenizers differ, an
+            input is broken, the output cannot be written, or another process is writing it.
     """
     if not prefixes:
         raise SteelError("there is nothing to merge", output, "name at least one data set")
@@ -35,10 +35,14 @@ def merge(prefixes: Sequence[PathLike], output: PathLike) -> manifest.Manifest:
         raise SteelError("the output is one of the inputs", output, "choose another output")
     _check_dtypes(prefixes, output)
     known = [manifest.trust(prefix) for prefix in prefixes]  # a copy with other times is read, not taken as unknown
+    _refuse_twins(prefixes, known)
     tokenizer = _common_tokenizer(prefixes, known, output)
-    with reserved(output):
-        facts = concatenate(prefixes, output)
-        return manifest.write(output, facts, tokenizer, [entry for m in known for entry in m.provenance])
+    try:
+        with reserved(output):
+            facts = concatenate(prefixes, output)
+            return manifest.write(output, facts, tokenizer, [entry for m in known for entry in m.provenance])
+    except OSError as error:
+        raise SteelError(f"cannot write: {error.strerror or error}", output, "mend it and repeat") from None
 
 
 def concatenate(prefixes: Sequence[PathLike], output: PathLike) -> Facts:
@@ -67,6 +71,15 @@ def _append(writer: IndexedWriter, data: IndexedDataset) -> None:
         writer.add_sequences(data.lengths(start, min(start + _STEP, data.sequences)))
     for start in range(1, data.documents + 1, _STEP):
         writer.add_boundaries(data.boundaries(start, min(start + _STEP, data.documents + 1)) + sequences)
+
+
+def _refuse_twins(prefixes: Sequence[PathLike], known: Sequence[manifest.Manifest]) -> None:
+    first: dict[str, str] = {}
+    for prefix, found in zip([os.fspath(p) for p in prefixes], known, strict=True):
+        if found.digest in first:
+            remedy = "name it once; to train on it more often, give it a larger weight"
+            raise SteelError(f"{first[found.digest]} has the same content", prefix, remedy)
+        first[found.digest] = prefix
 
 
 def _check_dtypes(prefixes: Sequence[PathLike], output: PathLike) -> None:

@@ -67,7 +67,7 @@ def prepare(
             Nothing is published then, and an earlier output stays.
     """
     output = Path(output)
-    _check_arguments(inputs, output, max_malformed_ratio, max_reject_ratio)
+    _check_arguments(inputs, output, max_malformed_ratio, max_reject_ratio, workers)
     where = tuple(os.path.abspath(path) for path in decontaminate)
     if remove_contaminated and not where:
         raise SteelError("there is no benchmark to compare with", "--remove-contaminated", "give --decontaminate")
@@ -129,15 +129,20 @@ def _join(
     os.fsync(file.fileno())
 
 
-def _items(units: list[readers.Unit], source: str, folder: str) -> Iterator[tuple[readers.Unit, int, str, str]]:
+def _items(
+    units: list[readers.Unit], source: str, folder: str
+) -> Iterator[tuple[readers.Unit, int, dict[str, str], str]]:
+    names = readers.names(list(dict.fromkeys(unit.path for unit in units)))
     before = 0
     for i, unit in enumerate(units):
         same = i > 0 and units[i - 1].path == unit.path
         before = before + readers.numbers(units[i - 1]) if same else 0
-        yield unit, before, source, os.path.join(folder, f"{i:06d}")
+        yield unit, before, {"source": source, "file": names[unit.path]}, os.path.join(folder, f"{i:06d}")
 
 
-def _check_arguments(inputs: Sequence[PathLike], output: Path, malformed: float, reject: float) -> None:
+def _check_arguments(
+    inputs: Sequence[PathLike], output: Path, malformed: float, reject: float, workers: int | None
+) -> None:
     if not inputs:
         raise SteelError("there is no input", output, "name at least one file")
     real = [os.path.realpath(path) for path in inputs]
@@ -147,6 +152,8 @@ def _check_arguments(inputs: Sequence[PathLike], output: Path, malformed: float,
         raise SteelError("the output is one .jsonl file", output, "give FOLDER/NAME.jsonl")
     if os.path.realpath(output) in real:
         raise SteelError("the output is also an input", output, "choose another output")
+    if workers is not None and workers < 1:
+        raise SteelError(f"{workers} worker processes can do nothing", output, "give 1 or more")
     for value in (malformed, reject):
         if not 0 <= value <= 1:
             raise SteelError(f"a ratio of {value} is not in [0, 1]", output, "0.001 is usual for malformed rows")
@@ -193,8 +200,8 @@ class _Report:
             where = ", ".join(self._files) or self._output
             raise SteelError(f"none of {total.rows} rows is kept ({reasons or 'there is no row'})", where, "give more")
         files = [
-            {"name": Path(path).name, "bytes": os.path.getsize(path), **_plain(self._files.get(str(path), Counts()))}
-            for path in inputs
+            {"name": name, "bytes": os.path.getsize(path), **_plain(self._files.get(path, Counts()))}
+            for path, name in readers.names(inputs).items()
         ]
         head = {"source": settings.source, **maker.facts(), "bytes": whole.stat().st_size, "sha256": _sha256(whole)}
         return head | _plain(total) | self._benchmarks(maker) | {"files": files}

@@ -54,6 +54,8 @@ def prune_tokenizer(source: PathLike, prefixes: Sequence[PathLike], vocab_size: 
         _write(aside, source, _pruned(tree, kept), kept)
         _prove(before, load_tokenizer(aside), kept, prefixes)
         os.replace(aside, output)
+    except OSError as error:
+        raise SteelError(f"cannot write: {error.strerror or error}", output, "choose another folder") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     share = float(counts[kept].sum() / max(1, counts.sum()))

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -29,6 +29,7 @@ _MAX_TEXT_BYTES = 64 << 20
 _READ, _MAX_ELEMENT = 1 << 20, 64 << 20  # characters
 _CUT_SHORT = 16  # characters: no literal, number or escape that the end of a buffer may cut is longer
 _BOM = b"\xef\xbb\xbf"
+_BAD_UTF8, _NOT_UTF8 = object(), "bad UTF-8"
 _GAP, _AFTER_ELEMENT = re.compile(r"[ \t\r\n,]*"), re.compile(r"[ \t\r\n,\]]")
 
 
@@ -67,6 +68,18 @@ class Record:
 R = TypeVar("R", Row, Record)
 Made = Callable[[int, Any], R]  # number and parsed value to a row
 Bad = Callable[..., R]  # number, None and perhaps a problem to a row
+
+
+def names(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
+    """How to call each input file without saying where it lies, by `str(Path(path))`: its own name, or, where two share
+    one, what follows the folder that all have in common."""
+    files = [os.path.abspath(path) for path in paths]
+    own = [os.path.basename(file) for file in files]
+    if len(set(own)) < len(own):
+        folder = os.path.commonpath([os.path.dirname(file) for file in files])
+        own = [Path(file).relative_to(folder).as_posix() for file in files]
+    printable = [os.fsencode(name).decode(errors="replace") for name in own]
+    return {str(Path(path)): name for path, name in zip(paths, printable, strict=True)}
 
 
 def units(path: str | os.PathLike[str], range_bytes: int) -> list[Unit]:
@@ -147,6 +160,10 @@ def _kind(path: Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
+    if (
+        path.suffix in (".gz", ".zst") and path.stat().st_size == 0
+    ):  # what a failed download leaves; no format allows it
+        raise EOFError("a compressed file of 0 bytes is none")
     if path.suffix == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
     return io.BufferedReader(_Zstd(path), 1 << 20) if path.suffix == ".zst" else open(path, "rb")
@@ -158,7 +175,7 @@ class _Zstd(io.RawIOBase):
     def __init__(self, path: Path):
         import zstandard
 
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj  # of `zstd --long`, too
         self._file = open(path, "rb")  # noqa: SIM115  (closed with this object)
         self._frame, self._ready, self._fed = self._new_frame(), b"", False
 
@@ -308,17 +325,38 @@ def _parquet_rows(unit: Unit, text_key: str) -> Iterator[Row]:
         raise SteelError(f"there is no column {text_key!r}", unit.path, f"--text-key: one of {', '.join(names)}")
     number = 0
     for batch in file.iter_batches(256, row_groups=list(range(unit.start, unit.stop)), columns=[text_key]):
-        for text in batch.column(0).to_pylist():
+        for text in _values(batch.column(0)):
             number += 1
-            yield _checked(number, text, text_key)
+            yield _checked(number, text, text_key) if text is not _BAD_UTF8 else Row(number, None, _NOT_UTF8)
 
 
 def _parquet_records(unit: Unit) -> Iterator[Record]:
     number = 0
     for batch in _parquet(Path(unit.path)).iter_batches(256, row_groups=list(range(unit.start, unit.stop))):
-        for fields in batch.to_pylist():
+        columns = [_values(column) for column in batch.columns]
+        for values in zip(*columns, strict=True):
             number += 1
-            yield Record(number, fields)
+            bad = any(value is _BAD_UTF8 for value in values)
+            yield (
+                Record(number, None, _NOT_UTF8)
+                if bad
+                else Record(number, dict(zip(batch.schema.names, values, strict=True)))
+            )
+
+
+def _values(column: Any) -> list[Any]:
+    """A column's values; `_BAD_UTF8` for a string that is not UTF-8, which parquet does not check."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(column, i) for i in range(len(column))]
+
+
+def _value(column: Any, place: int) -> Any:
+    try:
+        return column[place].as_py()
+    except UnicodeDecodeError:
+        return _BAD_UTF8
 
 
 def _text(unit: Unit) -> str:

@@ -1,4 +1,7 @@
-"""One writer at a time: a place on disk held by a kernel lock, which no dead process can keep. Knows nothing of formats."""
+"""Outputs: one writer at a time, by a kernel lock that no dead process can keep; one file whole or not at all.
+
+Knows nothing of formats.
+"""
 
 import contextlib
 import fcntl
@@ -27,6 +30,22 @@ def reserved(prefix: str | os.PathLike[str]) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile looks again
+
+
+@contextlib.contextmanager
+def published(file: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a name beside `file` to write to; it takes the place of `file` when the block has not failed.
+
+    Raises SteelError where the disk does not take it.
+    """
+    aside = f"{os.fspath(file)}.partial"
+    try:
+        yield aside
+        os.replace(aside, file)
+    except OSError as error:
+        raise SteelError(f"cannot write: {error.strerror or error}", file, "mend it, or name another file") from None
+    finally:
+        Path(aside).unlink(missing_ok=True)
 
 
 def locked(path: Path) -> IO[bytes]:

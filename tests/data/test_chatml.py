@@ -1,6 +1,7 @@
 """ChatML is the tokenizer's own, the end of a document comes once, and nobody's text can forge a turn."""
 
 import json
+import shutil
 
 import pytest
 
@@ -86,6 +87,7 @@ def test_what_is_made_harmless_and_counted():
     assert clean("<|im_end>, <|IM_END|> 2 < 3") == ("<|im_end>, <|IM_END|> 2 < 3", 0)
     assert harmless(["ab", "a ab"])("aab ab") == ("aa b a b", 2)
     assert harmless([])("<|im_end|>") == ("<|im_end|>", 0)
+    assert harmless(["  ", "\n", " [X]", " y"])("a  b [X] y") == ("a  b [ X] y", 1)  # white space cannot be broken up
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,23 @@ def test_a_tokenizers_own_template_and_tokens(bracket_tokenizer, tmp_path):
     report, texts = prepared(tmp_path, rows, tokenizer=bracket_tokenizer)
     assert report["rejected"] == {"template refused it": 1}
     assert texts == ["[Q][ A]yes[A]" + "w" * 20]
+
+
+def test_what_a_tokenizer_folds_before_it_looks_for_its_own_is_rejected(bracket_tokenizer, tmp_path):
+    folder = tmp_path / "lower"
+    shutil.copytree(bracket_tokenizer, folder)
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["normalizer"] = {"type": "NFKC"}
+    for token in tree["added_tokens"]:
+        token["normalized"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    long = "w" * 20
+    rows = [
+        {"messages": messages([("user", user), ("assistant", long)])} for user in ("［Q］yes", "[Q]yes", "［R］yes")
+    ]
+    report, texts = prepared(tmp_path, rows, tokenizer=folder)
+    assert report["rejected"] == {"disguised control string": 1}
+    assert texts == [f"[Q][ Q]yes[A]{long}", f"[Q]［R］yes[A]{long}"]
 
 
 def test_a_folder_without_a_template_is_named(tiny_tokenizer, tmp_path):

@@ -251,7 +251,7 @@ def test_a_reserved_output_is_not_merged_into(tmp_path):
 
 def test_a_copy_with_other_times_keeps_its_tokenizer_in_a_merge(tmp_path):
     for name, fingerprint in (("a", "x"), ("b", "x"), ("c", "y")):
-        facts = trust(write(tmp_path / name, CORPUS))
+        facts = trust(write(tmp_path / name, [*CORPUS, [ord(name)]]))
         facts = Facts(**{field.name: getattr(facts, field.name) for field in dataclasses.fields(Facts)})
         manifest.write(tmp_path / name, facts, {"fingerprint": fingerprint}, [{"name": f"{name}.jsonl"}])
         os.utime(tmp_path / f"{name}.bin", ns=(1, 1))
@@ -271,6 +271,16 @@ def test_merge_equals_one_writer(tmp_path):
     assert (merged.documents, merged.tokens, merged.max_token_id, merged.max_token_document) == (10, 10, 300, 6)
     assert load(tmp_path / "all") == merged
     assert verify(tmp_path / "all").digest == trust(whole).digest == merged.digest
+
+
+def test_merge_refuses_the_same_content_twice(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / name, CORPUS)
+    for prefixes in (["a", "b"], ["a", "a"]):
+        with pytest.raises(SteelError, match="a has the same content") as caught:
+            merge([tmp_path / name for name in prefixes], tmp_path / "all")
+        assert caught.value.where == f"{tmp_path}/{prefixes[1]}"
+    assert not list(tmp_path.glob("all*"))
 
 
 def test_merge_refuses_mixed_dtypes(tmp_path):

@@ -145,7 +145,7 @@ def test_verify_without_a_manifest(tmp_path):
 
 def test_merge_keeps_a_common_tokenizer_and_refuses_two(tmp_path):
     for name in "ab":
-        manifest.write(tmp_path / name, write(tmp_path / name), TOKENIZER, [{"name": f"{name}.jsonl"}])
+        manifest.write(tmp_path / name, write(tmp_path / name, [[ord(name)]]), TOKENIZER, [{"name": f"{name}.jsonl"}])
     merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
     assert (merged.tokenizer, merged.provenance) == (TOKENIZER, [{"name": "a.jsonl"}, {"name": "b.jsonl"}])
     manifest.write(tmp_path / "b", scan(tmp_path / "b"), TOKENIZER | {"fingerprint": "g"})
@@ -255,3 +255,14 @@ def test_a_trillion_tokens_open_at_once(tmp_path):
     assert runs[0][2:] == [10**12, 10**9, 10**12, 2049]
     assert min(run[0] for run in runs) < 0.050
     assert max(run[1] for run in runs) < 20_000_000
+
+
+def test_files_that_gave_no_document_do_not_shift_the_others(tmp_path):
+    """Behind a permutation, in front of it, and between data sets."""
+    shuffled = {"shuffled": {"key": 5, "documents": 3}}
+    entries = [("a", 3, shuffled), ("none", 0, shuffled), ("b", 1, {}), ("none", 0, {}), ("c", 2, {})]
+    provenance = [{"name": name, "documents": count, **more} for name, count, more in entries]
+    write(tmp_path / "x")
+    found = dataclasses.replace(manifest.trust(tmp_path / "x"), documents=6, provenance=provenance)
+    assert sorted(found.origin(i) for i in range(3)) == [("a", 0), ("a", 1), ("a", 2)]
+    assert [found.origin(i) for i in range(3, 6)] == [("b", 0), ("c", 0), ("c", 1)]

@@ -185,6 +185,8 @@ BROKEN_FILES = {
     "a cut array": ("a.json", b'[{"text": "w3"},', "element 2 of its JSON array"),
     "a deep array": ("a.json", b"[" * 200_000, "recursion"),
     "bad utf-8 in text": ("a.txt", b"\xff\xfe", "cannot be read"),
+    "an empty gz": ("a.jsonl.gz", b"", "0 bytes"),
+    "an empty zst": ("a.json.zst", b"", "0 bytes"),
     "an unknown kind": ("a.csv", b"text\n", "are not known"),
 }  # fmt: skip
 
@@ -200,6 +202,28 @@ def test_a_broken_file_stops_the_job_and_publishes_nothing(tmp_path, name):
     assert file in caught.value.where
     assert {p.name for p in tmp_path.iterdir()} == {"out.jsonl", "good.jsonl", file}
     assert (tmp_path / "out.jsonl").read_text() == "earlier"
+
+
+def test_a_string_of_a_parquet_file_that_is_not_utf8_is_a_broken_row(tmp_path):
+    texts = pa.array([LONG.encode(), b"\xff\xfe" + LONG.encode(), LONG.encode()]).cast(pa.string(), safe=False)
+    pa.parquet.write_table(pa.table({"text": texts, "id": ["a", "b", "c"]}), tmp_path / "in.parquet")
+    report = prepare("text", [tmp_path / "in.parquet"], tmp_path / "out.jsonl", workers=1, max_malformed_ratio=0.5)
+    assert [row["id"] for row in made(tmp_path / "out.jsonl")] == ["a", "c"]
+    assert (report["rows"], report["broken"]) == (3, 1)
+    (unit,) = readers.units(tmp_path / "in.parquet", 1)
+    assert [row.problem for row in readers.rows(unit, "text")] == ["", "bad UTF-8", ""]
+
+
+def test_files_of_one_name_are_told_apart_and_every_way_to_write_a_path_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("d1", "d2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jsonl").write_bytes(jsonl([{"text": LONG}]))
+    report = prepare("text", ["./d1/x.jsonl", "d2//x.jsonl"], "out.jsonl", workers=1)
+    assert [row["file"] for row in made(tmp_path / "out.jsonl")] == ["d1/x.jsonl", "d2/x.jsonl"]
+    assert [(file["name"], file["kept"]) for file in report["files"]] == [("d1/x.jsonl", 1), ("d2/x.jsonl", 1)]
+    report = prepare("text", ["./d1/x.jsonl"], "out.jsonl", workers=1)
+    assert [(file["name"], file["kept"]) for file in report["files"]] == [("x.jsonl", 1)]
 
 
 def test_rows_of_another_corpus_stop_at_once(tmp_path):
