@@ -19,6 +19,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -309,6 +310,8 @@ class IndexedWriter:
         self.tokens = self.sequences = self.documents = 0
         self.max_id, self._max_document = -1, 0
         self._sha = hashlib.sha256()
+        self._beside = ThreadPoolExecutor(1)  # hashing and syncing `.bin`, while the rest goes on
+        self._hashed: Future[None] | None = None
         self._files: dict[str, IO[bytes]] = {}
 
     def __enter__(self) -> "IndexedWriter":
@@ -349,9 +352,17 @@ class IndexedWriter:
 
     def add_tokens(self, raw: bytes | memoryview) -> None:
         """Append bytes of whole tokens to `.bin`."""
+        self._wait_for_hash()
+        if isinstance(raw, bytes):  # nobody can change it meanwhile
+            self._hashed = self._beside.submit(self._sha.update, raw)
+        else:
+            self._sha.update(raw)
         self._files["bin"].write(raw)
-        self._sha.update(raw)
         self.tokens += memoryview(raw).nbytes // self.dtype.itemsize
+
+    def _wait_for_hash(self) -> None:
+        if self._hashed:
+            self._hashed.result()
 
     def add_sequences(self, lengths: npt.NDArray[Any]) -> None:
         self._files["idx"].write(np.ascontiguousarray(lengths, _LENGTH).data)
@@ -377,16 +388,20 @@ class IndexedWriter:
             if kind is None:
                 self._publish()
         finally:
+            self._beside.shutdown()
             self._discard()
 
     def _publish(self) -> None:
         if self.tokens == 0:
             raise SteelError("there is no token to write", self.prefix, "give an input that has text")
+        self._files["bin"].flush()
+        synced = self._beside.submit(os.fsync, self._files["bin"].fileno())
         idx_sha = self._finish_index()
         idx_bytes = self._files["idx"].seek(0, os.SEEK_END)
-        for name in ("bin", "idx"):
-            self._files[name].flush()
-            os.fsync(self._files[name].fileno())
+        self._files["idx"].flush()
+        os.fsync(self._files["idx"].fileno())
+        self._wait_for_hash()
+        synced.result()
         idx_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._aside("bin"), bin_path(self.prefix))
         os.replace(self._aside("idx"), idx_path(self.prefix))

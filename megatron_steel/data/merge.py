@@ -61,7 +61,7 @@ def _append(writer: IndexedWriter, data: IndexedDataset) -> None:
     sequences, documents, position = writer.sequences, writer.documents, 0
     for raw in data.raw("bin"):
         tokens = np.frombuffer(raw, data.dtype)
-        if tokens.min() < 0:
+        if data.dtype.kind == "i" and tokens.min() < 0:
             raise negative_id(data, position + int(tokens.argmin()))
         if tokens.max() > writer.max_id:
             writer.note_max(int(tokens.max()), documents + data.document_of(position + int(tokens.argmax())))
