@@ -4,8 +4,10 @@
    becomes a part (`data.parts`) in `PREFIX.parts/`.
 2. Worker processes (`data.parallel`) take bundle after bundle; only a few numbers travel between processes, so memory is
    one batch of documents a worker.
-3. The parts are joined in the order of the input, or permuted (`data.shuffle`), manifests are written, `PREFIX.parts/`
-   goes. Until then the disk holds the tokens twice, three times where they are permuted.
+3. The parts are joined in the order of the input, or permuted (`data.shuffle`), and manifests are written, all inside
+   `PREFIX.parts/`. Until then the disk holds the tokens twice, three times where they are permuted.
+4. The older data sets' manifests and indexes go, the new files of both sides take their names, `PREFIX.parts/` goes. Whoever
+   is stopped between leaves a side without an index or manifest, never one that is half old and half new.
 
 Rules: a document that has text gets the end-of-document id exactly once, after its last id. Empty documents (no
 character, null, or nothing that the tokenizer keeps) are counted and skipped, so that there is one sequence a document.
@@ -41,6 +43,7 @@ _HOPELESS_ROWS = 10
 _NAMED_PROBLEMS = 5
 _SECONDS_BETWEEN_LINES = 10.0
 _FIRST_FILES, _FIRST_DOCUMENTS, _FIRST_CHARACTERS = 32, 64, 400_000  # on which encoders are compared
+_FILES = (bin_path, idx_path, manifest.manifest_path)  # of a data set, in the order in which they take their names
 _LAYOUT = 2  # of a parts folder and of what decides its bytes; another number makes leftovers useless
 
 
@@ -73,6 +76,8 @@ def tokenize(
         SteelError: bad argument, input or tokenizer; too many malformed rows; no text; another process makes the
             same output; a validation set of an earlier split would be left. The output is untouched then.
     """
+    if workers is not None and workers < 1:
+        raise SteelError(f"{workers} workers are none", output_prefix, "give at least 1, or leave it to the CPUs")
     _check_arguments(inputs, output_prefix, validation_ratio, max_malformed_ratio)
     tokenizer = load_tokenizer(tokenizer_path)
     bundles = _bundles(inputs)
@@ -80,7 +85,9 @@ def tokenize(
     encoder = encoders.choose(tokenizer, os.path.abspath(tokenizer_path), _first_documents(units, text_key))
     job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio)
     try:
-        with reserved(output_prefix):
+        with contextlib.ExitStack() as stack:
+            for target in _targets(output_prefix, validation_ratio).values():
+                stack.enter_context(reserved(target))
             _open_folder(job, units, [tokenizer.fingerprint, encoder.choice.name])
             try:
                 made = _make_parts(job, bundles, workers or _cpus(), encoder, max_malformed_ratio)
@@ -110,12 +117,22 @@ def _check_arguments(
         raise SteelError(f"a ratio of {max_malformed_ratio} malformed rows is not in [0, 1]", output, "0.001 is usual")
     if os.path.basename(output) in ("", ".", ".."):
         raise SteelError("the output is a folder, not the beginning of file names", output, "give FOLDER/NAME")
+    files = [path(target) for target in _targets(output, validation_ratio).values() for path in _FILES]
+    if folders := [str(path) for path in files if path.is_dir()]:
+        what = "a folder has the name that a file of the output would take"
+        raise SteelError(what, ", ".join(folders), "move it away, or choose another output")
     validation = f"{os.fspath(output)}-validation"
-    stale = [path(validation) for path in (bin_path, idx_path, manifest.manifest_path) if path(validation).exists()]
+    stale = [path(validation) for path in _FILES if path(validation).exists()]
     if stale and not validation_ratio:
         what = "an earlier validation set lies beside the output, and its documents would now be trained on"
         remedy = "delete these files, give --validation-ratio, or choose another output"
         raise SteelError(what, ", ".join(map(str, stale)), remedy)
+
+
+def _targets(output: PathLike, validation_ratio: float) -> dict[str, str]:
+    """The prefix of each side that is made."""
+    targets = {"training": os.fspath(output)}
+    return targets | ({"validation": f"{os.fspath(output)}-validation"} if validation_ratio else {})
 
 
 def _bundles(inputs: Sequence[PathLike]) -> list[list[readers.Unit]]:
@@ -234,26 +251,45 @@ def _publish(
     output: PathLike,
     seed: int | None,
 ) -> manifest.Manifest:
-    """Join the parts, permuted where there is a seed. Raises SteelError where a side has no document."""
+    """Join the parts, permuted where there is a seed, and put all in place. Raises SteelError: a side has no document."""
     outcomes = [outcome for bundle in made for outcome in bundle]
-    targets = {"training": os.fspath(output)}
-    if job.validation_ratio:
-        targets["validation"] = f"{os.fspath(output)}-validation"
+    targets = _targets(output, job.validation_ratio)
     for kind in targets:
         if not parts.documents(outcomes, kind):
             what = f"there is no document for {kind} among {sum(o.rows for o in outcomes)} rows"
             remedy = "give more text" if kind == "training" else "give more text, or a larger --validation-ratio"
             raise SteelError(what, ", ".join(dict.fromkeys(unit.path for unit in units)) or output, remedy)
+    ready = {kind: f"{job.folder}/{kind}" for kind in targets}
+    for path in (path(aside) for aside in ready.values() for path in _FILES):
+        path.unlink(missing_ok=True)  # an earlier attempt's: the disk may have no room for it beside this one's
     results = {}
-    for kind, target in targets.items():
+    for kind, aside in ready.items():
         joined = [parts.prefix(job, i, kind) for i, bundle in enumerate(made) if parts.documents(bundle, kind)]
         if seed is None:
-            facts = concatenate(joined, target)
+            facts = concatenate(joined, aside)
         else:
-            facts = shuffled(joined, target, shuffle_key(seed, kind), Path(job.folder, "shuffle"))
-        results[kind] = manifest.write(target, facts, tokenizer.facts(), _provenance(units, outcomes, kind, seed))
-        log.info("%s: %d documents, %d tokens of %s", target, facts.documents, facts.tokens, facts.dtype)
+            facts = shuffled(joined, aside, shuffle_key(seed, kind), Path(job.folder, "shuffle"))
+        results[kind] = manifest.write(aside, facts, tokenizer.facts(), _provenance(units, outcomes, kind, seed))
+    _put_in_place([(ready[kind], target) for kind, target in targets.items()])
+    for kind, target in targets.items():
+        log.info("%s: %d documents, %d tokens of %s",
+                 target, results[kind].documents, results[kind].tokens, results[kind].dtype)  # fmt: skip
     return results["training"]
+
+
+def _put_in_place(moves: Sequence[tuple[str, str]]) -> None:
+    """Rename whole data sets to their prefixes in the same file system; older ones stop being whole before the first move."""
+    for path in (manifest.manifest_path, idx_path):
+        for _, target in moves:
+            path(target).unlink(missing_ok=True)
+    for path in _FILES:
+        for ready, target in moves:
+            os.replace(path(ready), path(target))
+    folder = os.open(Path(moves[0][1]).parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def shuffle_key(seed: int, kind: str) -> int:
@@ -264,18 +300,27 @@ def shuffle_key(seed: int, kind: str) -> int:
 def _provenance(
     units: Sequence[readers.Unit], outcomes: Sequence[parts.Outcome], kind: str, seed: int | None
 ) -> list[dict[str, Any]]:
-    """One entry a file, without its folder: sizes, what became of its rows, and how documents were permuted, if they were."""
+    """One entry a file: its name, sizes, what became of its rows, and how documents were permuted, if they were."""
     files: dict[str, dict[str, Any]] = {}
     documents = parts.documents(list(outcomes), kind)
     shuffle = {} if seed is None else {"shuffled": {"key": shuffle_key(seed, kind), "documents": documents}}
-    counted = ("rows", "empty", "malformed", "special")
+    counted, names = ("rows", "empty", "malformed", "special"), _names([unit.path for unit in units])
     for unit, outcome in zip(units, outcomes, strict=True):
-        new: dict[str, Any] = {"name": Path(unit.path).name, "bytes": os.path.getsize(unit.path)} | shuffle
+        new: dict[str, Any] = {"name": names[unit.path], "bytes": os.path.getsize(unit.path)} | shuffle
         entry = files.setdefault(unit.path, new | dict.fromkeys(("documents", *counted), 0))
         entry["documents"] += getattr(outcome, kind)
         for key in counted:
             entry[key] += getattr(outcome, key)
     return list(files.values())
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """Each file's name without its folder; where two have the same, all their paths from their common folder on."""
+    places = {path: Path(os.path.realpath(os.path.dirname(path)), os.path.basename(path)) for path in paths}
+    if len({place.name for place in places.values()}) == len(places):
+        return {path: place.name for path, place in places.items()}
+    common = os.path.commonpath([place.parent for place in places.values()])
+    return {path: place.relative_to(common).as_posix() for path, place in places.items()}
 
 
 class _Progress:

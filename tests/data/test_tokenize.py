@@ -1,5 +1,6 @@
 """Files of every kind to the same documents; workers, kills and bad rows."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -218,7 +219,133 @@ def test_bad_files_are_named_and_leave_nothing(tmp_path, tiny_tokenizer, name):
     assert [p.name for p in tmp_path.iterdir()] == [file]
 
 
+@pytest.fixture
+def split(tmp_path, tiny_tokenizer):
+    """split(name, source): the job with a validation side, and bytes of another input's `out` and of `straight`, its own."""
+    old, new = many(tmp_path / "old.jsonl", 300), numbered(tmp_path / "new.jsonl", 300)
+
+    def run(name, source=new):
+        return tokenize([source], tiny_tokenizer, tmp_path / name, workers=1, validation_ratio=0.3)
+
+    run("out", old)
+    run("straight")
+    sides = {name: {s: content(tmp_path / f"{name}{s}") for s in ("", "-validation")} for name in ("out", "straight")}
+    return run, sides["out"], sides["straight"]
+
+
+def whole_sides(folder):
+    """The content of each side that `verify` calls whole."""
+    found = {}
+    for suffix in ("", "-validation"):
+        with contextlib.suppress(SteelError):
+            verify(folder / f"out{suffix}")
+            found[suffix] = content(folder / f"out{suffix}")
+    return found
+
+
+def complete(folder):
+    names = {f"out{s}.{kind}" for s in ("", "-validation") for kind in ("bin", "idx", "manifest.json")}
+    return {path.name for path in folder.glob("out*")} == names
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(5, "Input/output error")])
+def test_both_sides_change_together_wherever_it_stops(tmp_path, split, monkeypatch, stop):
+    """Before every step that touches the output: unlinks of 4 files, renames of 6."""
+    run, old, new = split
+    steps, seen = 0, []
+    for function in ("unlink", "replace"):
+        whole = getattr(os, function)
+
+        def counts(path, *more, whole=whole, **keys):
+            nonlocal steps
+            target = str(more[0] if more else path)
+            if ".parts" not in target and "partial" not in target and not target.endswith(".lock"):
+                steps -= 1
+                if steps < 0:
+                    raise stop
+            return whole(path, *more, **keys)
+
+        monkeypatch.setattr(os, function, counts)
+    for at in range(10):
+        steps = at
+        with pytest.raises((KeyboardInterrupt, SteelError)):
+            run("out")
+        steps = 1000
+        seen.append(whole_sides(tmp_path))
+        run("out")
+        assert whole_sides(tmp_path) == new
+        assert complete(tmp_path)
+        steps = 1000
+        run("out", tmp_path / "old.jsonl")
+    assert seen == [old, {"-validation": old["-validation"]}, *[{}] * 7, {"": new[""]}]
+
+
+def test_a_kill_between_the_renames(tmp_path, tiny_tokenizer, split):
+    run, _, new = split
+    script = (
+        "import os, sys; from pathlib import Path; from megatron_steel.data.tokenize import tokenize; whole = os.replace\n"
+        "def dies(a, b):\n"
+        "    if str(b).endswith('out-validation.idx'): os._exit(9)\n"
+        "    whole(a, b)\n"
+        "os.replace = dies\n"
+        "tokenize([sys.argv[1]], sys.argv[2], sys.argv[3], workers=1, validation_ratio=0.3)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "new.jsonl"), str(tiny_tokenizer), str(tmp_path / "out")]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 9
+    assert whole_sides(tmp_path) == {}
+    run("out")
+    assert whole_sides(tmp_path) == new
+    assert complete(tmp_path)
+
+
+def test_an_error_before_the_renames_leaves_the_older_output(tmp_path, split, monkeypatch):
+    run, old, new = split
+    whole = room.manifest.write
+
+    def fails(prefix, *facts):
+        if str(prefix).endswith("validation"):
+            raise OSError(28, "No space left on device")
+        return whole(prefix, *facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room.manifest, "write", fails)
+        with pytest.raises(SteelError, match="cannot write: No space left"):
+            run("out")
+    assert whole_sides(tmp_path) == old
+    run("out")
+    assert whole_sides(tmp_path) == new
+    assert complete(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["out.idx", "out.manifest.json", "out-validation.bin"])
+def test_a_folder_where_a_file_of_the_output_goes(tmp_path, tiny_tokenizer, name):
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
+    (tmp_path / name).mkdir()
+    with pytest.raises(SteelError, match="a folder has the name") as caught:
+        tokenize([tmp_path / "a.jsonl"], tiny_tokenizer, tmp_path / "out", workers=1, validation_ratio=0.5)
+    assert caught.value.where == str(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", name}
+
+
+def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path, tiny_tokenizer, monkeypatch):
+    for folder, word in (("in/wiki/x", "w3"), ("in/web", "w4"), ("in/web/x", "w5")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "part-0.jsonl").write_bytes(lines([word]))
+    (tmp_path / "in" / "web" / "part-1.jsonl").write_bytes(lines(["w6"]))
+    monkeypatch.chdir(tmp_path / "in" / "web")
+    inputs = ["../wiki/x/part-0.jsonl", "part-0.jsonl", tmp_path / "in/web/x/part-0.jsonl", "part-1.jsonl"]
+    result = tokenize(inputs, tiny_tokenizer, tmp_path / "out", workers=1)
+    names = ["wiki/x/part-0.jsonl", "web/part-0.jsonl", "web/x/part-0.jsonl", "web/part-1.jsonl"]
+    assert [result.origin(i) for i in range(4)] == [(name, 0) for name in names]
+    assert str(tmp_path) not in (tmp_path / "out.manifest.json").read_text()
+    alone = tokenize([inputs[0], inputs[3]], tiny_tokenizer, tmp_path / "two", workers=1)
+    assert [entry["name"] for entry in alone.provenance] == ["part-0.jsonl", "part-1.jsonl"]
+
+
 def test_bad_arguments(tmp_path, tiny_tokenizer):
+    for workers in (0, -2):
+        with pytest.raises(SteelError, match=f"{workers} workers"):
+            tokenize(["x.jsonl"], tiny_tokenizer, tmp_path / "out", workers=workers)
     for inputs, ratio, message in (([], 0, "no input"), (["x.jsonl"], 0, "no such input"), ([tmp_path], 0, "a folder")):
         with pytest.raises(SteelError, match=message):
             tokenize(inputs, tiny_tokenizer, tmp_path / "out", validation_ratio=ratio)
