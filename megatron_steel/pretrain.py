@@ -82,9 +82,10 @@ def run(name: str, overrides: list[str], dry_run: bool = False, report: "Report 
             together = True
             raise
         finally:
-            watch.leave()
             if together:
-                dist.barrier()  # the launcher kills the others as soon as one rank has left with an error
+                with watch.saving():  # the first rank may still be deleting: nobody's patience may end meanwhile
+                    dist.barrier()  # the launcher kills the others as soon as one rank has left with an error
+            watch.leave()
 
 
 def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device", dry_run: bool) -> None:
@@ -155,6 +156,8 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             guard.begin(progress.step)
             loop.fit(job)
         finally:
+            with watch.saving():  # deleting a large checkpoint takes as long as it takes
+                state.wait_until_tidy()
             watch.leave()  # the picture takes seconds, which are no hang
             monitor.close()
     dist.log.info("done: %s", folder)

@@ -225,6 +225,7 @@ def discard_after(folder: Path, step: int) -> None:
     for path in reversed(published(folder)):
         if _step_of(path) > step:
             hidden = path.with_name(f".{path.name}.deleted")
+            shutil.rmtree(hidden, ignore_errors=True)  # one that could not be deleted whole would stand in the way
             os.replace(path, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
 
@@ -245,9 +246,16 @@ def expected_size(folder: Path, first: int) -> int:
 
 
 def warn_of_space(folder: Path, expected_bytes: int, checkpoints: int) -> None:
-    """Say so when there is no room for that many more checkpoints; `expected_bytes` as in `write`. Rank 0 only."""
-    needed = expected_size(folder, expected_bytes)
-    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+    """Say so when there is no room for that many more checkpoints; `expected_bytes` as in `write`. Rank 0 only.
+
+    Never raises for a folder that cannot be looked at (it may have gone): that is for the next save to say.
+    """
+    try:
+        needed = expected_size(folder, expected_bytes)
+        free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+    except (OSError, SteelError) as error:
+        dist.log.warning("it cannot be told how much room is left in %s: %s", folder, error)
+        return
     if free < checkpoints * needed:
         dist.log.warning(
             "the disk is nearly full: a checkpoint takes %s and %s are free in %s: free space, or saving will fail",

@@ -86,7 +86,11 @@ def save(
 
 
 def wait_until_tidy() -> None:
-    """Return when what the last save no longer needs is deleted; the process does not end before, either."""
+    """Return when what the last save no longer needs is deleted.
+
+    To be called before a run's process ends, which does not wait by itself (`guard.end_now`). Where a kill comes first,
+    a hidden folder is left to the next save.
+    """
     for thread in threading.enumerate():
         if thread.name == _TIDY_UP:
             thread.join()

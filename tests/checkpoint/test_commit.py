@@ -200,3 +200,19 @@ def test_each_rank_hashes_what_it_wrote_and_rank_0_the_rest(tmp_path):
 
     commit.write(tmp_path, 1, fill, {})
     assert sorted(commit.verify(tmp_path / commit.name_of(1)).manifest["files"]) == ["mine", "nobodys"]
+
+
+def test_a_half_deleted_folder_does_not_stand_in_the_way_of_going_back(tmp_path):
+    for step in (1, 2, 3):
+        _write(tmp_path, step)
+    left = tmp_path / ".step-00000003.deleted"  # what a deletion that failed has left
+    left.mkdir()
+    (left / "shard.pt").touch()
+    commit.discard_after(tmp_path, 1)
+    assert os.listdir(tmp_path) == ["step-00000001"]
+
+
+def test_a_folder_that_has_gone_is_a_warning_about_space(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="megatron_steel"):
+        commit.warn_of_space(tmp_path / "run" / "checkpoints", 1, checkpoints=2)
+    assert "it cannot be told how much room is left" in caplog.text

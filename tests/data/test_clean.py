@@ -99,6 +99,16 @@ def test_paths_are_checked_first(tmp_path, fake_python):
     ):
         with pytest.raises(SteelError, match=says):
             clean(inputs, "text", tmp_path / output, python=fake_python)
+    (tmp_path / "r.md").mkdir()
+    for report, picture, says in (
+        (tmp_path / "r.json", None, "picture is a folder"),  # the table's name
+        (None, tmp_path, "picture is a folder"),
+        (None, rows, "one of the inputs"),
+        (None, tmp_path / "out.jsonl", "the output, too"),
+        (tmp_path / "none" / "r.json", None, "does not exist"),
+    ):
+        with pytest.raises(SteelError, match=says):
+            clean([rows], "text", tmp_path / "out.jsonl", None, report, picture, python=fake_python)
     with pytest.raises(SteelError, match=r"clean_environment\.sh"):
         clean([rows], "text", tmp_path / "out.jsonl", python=tmp_path / "none")
 
@@ -116,6 +126,70 @@ def test_an_environment_without_data_juicer_is_named(tmp_path):
     rows = write(tmp_path / "rows.jsonl", [{"text": "a"}])
     with pytest.raises(SteelError, match="data-juicer is not in this environment"):
         clean([rows], "text", tmp_path / "out.jsonl", python=sys.executable)
+
+
+STAND_IN = """#!{python}
+import json, os, signal, sys
+import pyarrow as pa, pyarrow.parquet as pq, yaml
+
+config = yaml.safe_load(open(sys.argv[2]))
+if {dies}:
+    os.kill(os.getpid(), signal.SIGKILL)
+rows = pq.read_table(config["dataset_path"])
+texts = pa.array([text.replace("x", "“y”\\n") for text in rows["text"].to_pylist()], pa.large_string())
+pq.write_table(pa.table({{"row": rows["row"], "text": texts}}), config["export_path"])
+sources = rows["source"].to_pylist()
+step = {{"operator": "load", "seconds": 0.0, "by_source": {{source: sources.count(source) for source in sources}}}}
+json.dump({{"data_juicer": "none", "steps": [step]}}, open(sys.argv[3], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """stand_in(dies): in data-juicer's place, to test what lies around it: every x of a text becomes something else."""
+
+    def make(dies=False):
+        path = tmp_path_factory.mktemp("bin") / "python"
+        path.write_text(STAND_IN.format(python=sys.executable, dies=dies))
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+def test_a_row_whose_text_changed_keeps_the_rest_as_it_was_written(tmp_path, stand_in):
+    rows = tmp_path / "rows.jsonl"
+    row = '{"a" :[1e400,1.10,-0.0],"te\\u0078t":"no, x", "text": TEXT ,"text2":"x","b":{"text":"x"},"c":"\\ud800\\/"}'
+    other = '{"text":TEXT}'
+    lines = [row.replace("TEXT", '"x\\u4f60"'), row.replace("TEXT", '"\\u4f60"'), other.replace("TEXT", '"x"')]
+    rows.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    clean([rows], "text", tmp_path / "out.jsonl", python=stand_in())
+    expected = [row.replace("TEXT", '"“y”\\n你"'), lines[1], other.replace("TEXT", '"“y”\\n"')]
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines() == expected
+
+
+def test_a_killed_process_is_no_bad_input(tmp_path, stand_in):
+    rows = write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    with pytest.raises(SteelError, match="crashed: exit code -9") as error:
+        clean([rows], "text", tmp_path / "out.jsonl", python=stand_in(dies=True))
+    assert error.value.exit_code == 70
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("which", ["report", "picture"])
+def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, stand_in, which):
+    rows = write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    papers = {"report": tmp_path / "r.json", "picture": tmp_path / "p.png"}
+    papers[which] = tmp_path / ("l" * 249 + papers[which].suffix)  # a name that is too long aside
+    with pytest.raises(SteelError, match="File name too long"):
+        clean([rows], "text", tmp_path / "out.jsonl", python=stand_in(), **papers)
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_report_table_and_picture_come_with_the_output(tmp_path, stand_in):
+    rows = write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    clean([rows], "text", tmp_path / "out.jsonl", None, tmp_path / "r.json", tmp_path / "p.png", python=stand_in())
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "p.png", "r.json", "r.md", "rows.jsonl"]
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +260,17 @@ def test_a_wrong_parameter_is_named(tmp_path):
     (tmp_path / "chain.yaml").write_text("process:\n- text_length_filter: {minimum: 3}\n")
     with pytest.raises(SteelError, match="minimum"):
         clean([rows], str(tmp_path / "chain.yaml"), tmp_path / "out.jsonl", 1, python=FOUND[0])
+
+
+@data_juicer
+@pytest.mark.slow
+def test_the_last_line_of_a_failure_comes_first(tmp_path):
+    rows = write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    (tmp_path / "chain.yaml").write_text("process:\n- clean_email_mapper: {pattern: '(['}\n")
+    with pytest.raises(SteelError, match=r"^data-juicer failed: \S+error: unterminated character set") as error:
+        clean([rows], str(tmp_path / "chain.yaml"), tmp_path / "out.jsonl", 1, python=FOUND[0])
+    assert "\n" not in error.value.what
+    assert error.value.exit_code == 78
 
 
 @data_juicer

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from processes import wait_for
@@ -102,6 +103,19 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(stub, operations)
     stub.run(folder, steps=6, save_every=2, kill={"step": 6, "how": {"at": at, "fails": errno.EIO, "times": 10**9}})
     assert "an old checkpoint could not be deleted" in said(folder)
     assert steps(folder) == [2, 4, 6]
+
+
+def test_a_run_ends_only_when_the_old_checkpoints_are_deleted(tiny_recipe, tmp_path):
+    """Deleting lasts longer than what comes behind the last save."""
+    from conftest import finished
+    from jobs import INJECT
+
+    fault = {"module": "megatron_steel.checkpoint.commit", "function": "delete", "code": "import time; time.sleep(6)"}
+    paths = os.pathsep.join(filter(None, [str(INJECT), os.environ.get("PYTHONPATH")]))
+    words = [f"run.dir={tmp_path}/run", "train.steps=3", "train.save_every_steps=1", "train.keep_last=2"]
+    command = [sys.executable, "-m", "megatron_steel.pretrain", str(tiny_recipe), *words]
+    finished(["env", f"FAULT={json.dumps(fault)}", f"PYTHONPATH={paths}", *command])
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000002", "step-00000003"]
 
 
 def test_files_that_may_not_grow_that_far(stub):

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,15 +25,23 @@ from typing import Any
 
 from megatron_steel.data.clean import chain as chains
 from megatron_steel.data.clean import report as reports
-from megatron_steel.errors import SteelError
+from megatron_steel.errors import EXIT_INTERNAL, SteelError
 
 log = logging.getLogger("megatron_steel")
 _ROWS = 5_000  # a parquet row group
+_SPACE = re.compile(r"[ \t\n\r]*")
+_BOM = b"\xef\xbb\xbf"
 _INSTALL = "bash launch/clean_environment.sh makes it; or give --python PATH of an environment with data-juicer"
 _NO_NETWORK = {
     "PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "UV_NO_CACHE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
     "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "RAY_USAGE_STATS_ENABLED": "0",
 }  # fmt: skip
+
+
+class Crashed(SteelError):  # noqa: N818  (it says what happened)
+    """data-juicer was killed or fell over: the input may be fine, and another start may succeed."""
+
+    exit_code = EXIT_INTERNAL
 
 
 def clean(
@@ -62,12 +71,15 @@ def clean(
 
     Raises:
         SteelError: a file, row, chain or operator that cannot be used, or no environment; nothing is written then.
+        Crashed: data-juicer's process did not come to its end; nothing is written then.
     """
     started = time.monotonic()
     target = Path(output).resolve()
-    files = _check_paths(inputs, target, (report, picture))
     if report and Path(report).suffix != ".json":
         raise SteelError("the report is JSON", report, "name it FILE.json; the table goes to FILE.md beside it")
+    papers = {"json": Path(report), "md": Path(report).with_suffix(".md")} if report else {}
+    papers |= {"png": Path(picture)} if picture else {}
+    files = _check_paths(inputs, target, list(papers.values()))
     todo = chains.runnable(chains.load(chain), models, bool(ray))
     interpreter = _interpreter(python)
     aside = target.with_name(f"{target.name}.partial")
@@ -85,7 +97,7 @@ def clean(
             "left_out": [{"operator": str(operator), "reason": reason} for operator, reason in todo.left_out],
         }  # fmt: skip
         account["seconds"] = round(time.monotonic() - started, 1)
-        os.replace(aside / target.name, target)
+        _publish(account, papers, aside / target.name, target)
     except OSError as error:
         remedy = "there must be room for about twice the text; nothing was written"
         raise SteelError(f"a file could not be read or written: {error}", aside, remedy) from None
@@ -93,29 +105,27 @@ def clean(
         shutil.rmtree(aside, ignore_errors=True)
     for operator, reason in todo.left_out:
         log.warning("left out: %s (%s)", operator, reason)
-    if report:
-        _write(Path(report), json.dumps(account, indent=1, ensure_ascii=False) + "\n")
-        _write(Path(report).with_suffix(".md"), reports.table(account))
-    if picture:
-        reports.draw({todo.name: account}, picture)
     log.info(
         "%s: %s of %s rows kept (%.1f s)", target, f"{account['kept']:,}", f"{account['rows_in']:,}", account["seconds"]
     )
     return account
 
 
-def _check_paths(inputs: Sequence[str | os.PathLike[str]], output: Path, others: Sequence[Any]) -> list[Path]:
+def _check_paths(inputs: Sequence[str | os.PathLike[str]], output: Path, papers: Sequence[Path]) -> list[Path]:
     files = [Path(path) for path in inputs]
+    taken = {}
     for path in files:
         if not path.is_file():
             raise SteelError("there is no such input file", path, "name jsonl files, as `prepare` writes them")
-        if path.resolve() == output:
-            raise SteelError("the output is one of the inputs", path, "choose another output")
-    if output.is_dir():
-        raise SteelError("the output is a folder", output, "name a file")
-    for path in (output, *(Path(other) for other in others if other)):
+        taken[path.resolve()] = "one of the inputs"
+    for name, path in (("output", output), *(("report or picture", paper) for paper in papers)):
+        if path.is_dir():
+            raise SteelError(f"the {name} is a folder", path, "name a file")
         if not path.resolve().parent.is_dir():
-            raise SteelError("the folder of an output does not exist", path, "make it first")
+            raise SteelError(f"the folder of the {name} does not exist", path, "make it first")
+        if path.resolve() in taken:
+            raise SteelError(f"the {name} is {taken[path.resolve()]}", path, f"choose another {name}")
+        taken[path.resolve()] = f"the {name}, too"
     return files
 
 
@@ -127,10 +137,11 @@ def _interpreter(python: str | os.PathLike[str] | None) -> Path:
 
 
 def _rows(files: Sequence[Path]) -> Iterator[tuple[Path, int, bytes]]:
-    """(file, line number, line) of every line that is not empty."""
+    """(file, line number, line) of every line that is not empty; a byte order mark is no part of the first."""
     for path in files:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                line = line.removeprefix(_BOM) if number == 1 else line
                 if line.strip():
                     yield path, number, line.rstrip(b"\r\n")
 
@@ -168,7 +179,7 @@ def _number(files: Sequence[Path], target: Path) -> dict[str, int]:
 
 def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        row = json.loads(line.decode())
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         remedy = "`prepare` drops and counts such rows: clean what it wrote"
         raise SteelError(f"not a JSON row: {error}", f"{path}, line {number}", remedy) from None
@@ -223,9 +234,19 @@ def _data_juicer(
     if code or "steps" not in result:
         if "No module named 'data_juicer'" in said:
             raise SteelError("data-juicer is not in this environment", interpreter, _INSTALL)
-        what = f"data-juicer ended with exit code {code}; its last words:\n{said}"
-        raise SteelError(what, f"chain {chain.name}", "mend the chain or the environment; nothing was written")
+        raise _failure(code, result.get("failed"), said, chain.name)
     return result
+
+
+def _failure(code: int, failed: str | None, said: str, chain: str) -> SteelError:
+    """What a process that came to no result is called: one that was killed, or lost one of its own, is no bad input."""
+    last_words = f"nothing was written; data-juicer's last words:\n{said}"
+    if code < 0 or code > 128 or "abruptly died" in (failed or ""):  # so `datasets` calls a worker that was killed
+        what = failed or f"exit code {code} (minus a signal's number, or 128 and that number: 9 is SIGKILL)"
+        remedy = "look for a lack of memory (fewer --workers take less), and start it again; "
+        return Crashed(f"data-juicer's process crashed: {what}", f"chain {chain}", remedy + last_words)
+    what = f"data-juicer failed: {failed}" if failed else f"data-juicer ended with exit code {code}"
+    return SteelError(what, f"chain {chain}", f"mend the chain or the environment; {last_words}")
 
 
 def _wait(command: list[str], environment: dict[str, str], aside: Path) -> tuple[int, str]:
@@ -256,7 +277,7 @@ def _join(files: Sequence[Path], kept: Path, target: Path) -> int:
                 continue
             row = _row(path, number, line)
             if row["text"] != wanted[1]:
-                line = json.dumps({**row, "text": wanted[1]}, ensure_ascii=False).encode()
+                line = _with_text(line.decode(), wanted[1]).encode()
             out.write(line + b"\n")
             rows += 1
             wanted = next(survivors, None)
@@ -282,7 +303,37 @@ def _survivors(kept: Path) -> Iterator[tuple[int, str]]:
                 yield from zip(batch["row"].to_pylist(), batch["text"].to_pylist(), strict=True)
 
 
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+def _with_text(line: str, text: str) -> str:
+    """A row, an object with `text`, with another text; numbers, spaces and escapes of the rest stay as written."""
+    scan, skip = json.JSONDecoder().raw_decode, lambda at: _SPACE.match(line, at).end()  # type: ignore[union-attr]
+    span, at = (0, 0), line.index("{") + 1
+    while True:
+        key, at = scan(line, skip(at))
+        start = skip(skip(at) + 1)  # behind the colon
+        _, at = scan(line, start)
+        if key == "text":
+            span = start, at  # of several the last, as every reader takes it
+        at = skip(at)
+        if line[at] == "}":
+            return line[: span[0]] + json.dumps(text, ensure_ascii=False) + line[span[1] :]
+        at += 1
+
+
+def _publish(account: dict[str, Any], papers: dict[str, Path], made: Path, target: Path) -> None:
+    """Write report, table and picture aside, and rename all, the output last: where it is, they are, too."""
+    aside = {kind: path.with_name(f"{path.name}.partial") for kind, path in papers.items()}
+    try:
+        for kind, path in aside.items():
+            if kind == "png":
+                reports.draw({account["chain"]: account}, path)
+            elif kind == "json":
+                path.write_text(json.dumps(account, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            else:
+                path.write_text(reports.table(account), encoding="utf-8")
+        for kind, path in aside.items():
+            os.replace(path, papers[kind])
+        os.replace(made, target)
+    finally:
+        for path in aside.values():
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -4,7 +4,8 @@
     2. each operator runs alone, and after it the rows of each source are counted
     3. the rest is exported as parquet, the counts as JSON
 
-Imports nothing of megatron_steel. A problem with a name (a missing package, an unknown operator) goes into RESULT.json.
+Imports nothing of megatron_steel. A problem with a name (a missing package, an unknown operator) goes
+into RESULT.json, and so does the last line of any other exception.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -34,6 +36,10 @@ def main(config: str, result: str) -> int:
     except NamedError as problem:
         Path(result).write_text(json.dumps({"what": problem.args[0], "remedy": problem.args[1]}), encoding="utf-8")
         return 78
+    except Exception as error:
+        failed = " ".join(traceback.format_exception_only(error)[-1].split())
+        Path(result).write_text(json.dumps({"failed": failed}), encoding="utf-8")
+        raise
     Path(result).write_text(json.dumps(counts), encoding="utf-8")
     return 0
 
