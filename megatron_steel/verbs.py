@@ -171,7 +171,7 @@ def evaluate(models: list[str], tasks: str, **settings: Any) -> None:
     from megatron_steel.audit import verdict_of
     from megatron_steel.post.evaluate import evaluate
 
-    evaluate(models, tasks.split(","), **settings, audit=verdict_of)
+    evaluate(models, [task.strip() for task in tasks.split(",") if task.strip()], **settings, audit=verdict_of)
 
 
 def _first_comment(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
+from megatron_steel.post.scores import about_of, protocols
 
 
 def model_folders(named: list[str]) -> list[Path]:
@@ -64,19 +65,19 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     """{"TASK PROTOCOL": accuracy} of one model, every task under every protocol it was scored by."""
     found = {}
     for task, score in result.items():
-        for one in (score, score.get("steel-chat")) if task != "protocol" else ():
-            if one is not None and "acc" in one:
-                found[f"{task} {one['protocol']}"] = one["acc"]
+        for one in protocols(score):
+            if "acc" in one:
+                found[f"{task} {one['protocol']['name']}"] = one["acc"]
     return found
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Scores against steps, one line a model."""
     columns = list(dict.fromkeys(name for result in results for name in figures(result)))
-    wide = max(len("model"), *(len(result["protocol"]["model"]) for result in results))
+    wide = max(len("model"), *(len(about_of(result)["model"]) for result in results))
     lines = ["  ".join([f"{'model':{wide}}", f"{'step':>9}", *columns])]
     for result in results:
-        about, found = result["protocol"], figures(result)
+        about, found = about_of(result), figures(result)
         step = "-" if about["step"] is None else f"{about['step']:,}"
         cells = [f"{found[name]:.2%}".rjust(len(name)) if name in found else "-".rjust(len(name)) for name in columns]
         mark = "  sees the future" if about["loss_sees_future"] else ""
@@ -91,9 +92,10 @@ def to_tensorboard(results: list[dict[str, Any]], folder: str) -> None:
     try:
         with SummaryWriter(folder) as board:
             for result in results:
-                mark = " (sees future)" if result["protocol"]["loss_sees_future"] else ""
+                about = about_of(result)
+                mark = " (sees future)" if about["loss_sees_future"] else ""
                 for tag, value in _scalars(result).items():
-                    board.add_scalar(tag + mark, value, result["protocol"]["step"])
+                    board.add_scalar(tag + mark, value, about["step"])
     except OSError as error:
         raise SteelError(f"the scores could not be written: {error.strerror}", folder, "name another folder") from error
     dist.log.info("scores of %d exports are in %s", len(results), folder)
@@ -102,7 +104,7 @@ def to_tensorboard(results: list[dict[str, Any]], folder: str) -> None:
 def _scalars(result: dict[str, Any]) -> dict[str, float]:
     found = {f"evaluate/{name.replace(' ', '/')}": value for name, value in figures(result).items()}
     for task, score in result.items():
-        for one in (score, score.get("steel-chat")) if task != "protocol" else ():
-            for category, part in (one or {}).get("categories", {}).items():
-                found[f"evaluate/{task}/{one['protocol']}/{category.replace(' ', '_')}"] = part["acc"]
+        for one in protocols(score):
+            for category, part in one.get("categories", {}).items():
+                found[f"evaluate/{task}/{one['protocol']['name']}/{category.replace(' ', '_')}"] = part["acc"]
     return found

@@ -54,11 +54,11 @@ def evaluate(
         tensorboard: write the scores against the steps here.
         picture: write a bar chart beside published scores here (PNG).
 
-    Returns: {task: {"acc": 0..1, "n": questions, ...}} and, under "protocol", what the figures depend on; with `both`
-        each task's written answers stand under "steel-chat" in it. For several folders {"checkpoints": [...]}, each of
-        them such a result.
+    Returns: {task: {"acc": 0..1, "n": questions, "protocol": what the figures depend on, ...}}; with `both` each task's
+        written answers stand under "steel-chat" in it. For several folders {"checkpoints": [...]}, each of them such a
+        result.
     Raises:
-        SteelError: the extra is not installed, an unknown task or protocol, a data folder of another shape, an unusable
+        SteelError: the extra is not installed, no task, an unknown one or one twice, an unknown protocol, a data folder of another shape, an unusable
             model, a tokenizer without chat template, a folder whose step is wanted and not known.
     """
     from megatron_steel.post import compare
@@ -68,6 +68,8 @@ def evaluate(
         scores.require_folder(file, what)
     folders = compare.model_folders([models] if isinstance(models, str) else list(models))
     if tensorboard is not None:
+        if Path(tensorboard).exists() and not Path(tensorboard).is_dir():
+            raise SteelError("a file stands where TensorBoard's folder should go", tensorboard, "name another folder")
         compare.require_steps(folders)
     harness.require_harness()
     questions = harness.Harness(tasks, data)
@@ -92,6 +94,10 @@ def evaluate(
 
 
 def _check(tasks: list[str], protocol: str, max_new_tokens: int | None, picture: str | None) -> None:
+    twins = [task for task in tasks if tasks.count(task) > 1]
+    if twins or not tasks:
+        raise SteelError(f"the task {twins[0]!r} is named twice" if twins else "no task is named", "--tasks",
+                         f"name each task once: {', '.join(BENCHMARKS)}, or another of the harness")  # fmt: skip
     if protocol not in PROTOCOLS:
         raise SteelError(f"there is no protocol {protocol!r}", "--protocol", f"use one of {', '.join(PROTOCOLS)}")
     if max_new_tokens is not None and max_new_tokens < 1:
@@ -139,7 +145,10 @@ def _score_folder(
         result[task], found = _score_task(task, questions, loaded, model, protocol, max_new_tokens, blind)
         lines += [{"model": folder.name, "task": task, **item} for item in found]
     about = {"model": folder.absolute().name, "step": step_of(folder), **_protocol(loaded, model)}
-    result["protocol"] = about | _verdict(report, blind)
+    about |= _verdict(report, blind)
+    for score in result.values():
+        for one in scores.protocols(score):
+            one["protocol"] = {"name": one["protocol"], **about}
     return result
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_steel import dist
 from megatron_steel.errors import SteelError
 from megatron_steel.post.benchmarks import (
     BENCHMARKS,
@@ -77,7 +78,7 @@ class Harness:
                     device=str(loaded.device))  # fmt: skip
 
     def score(self, model: Any, task: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What the harness finds for any task, as it says it: metrics, "n", "version", "few_shot", "parts"; and its items."""
+        """What the harness finds for any task, as it says it: metrics, "n", "version", "few_shot", "parts", "truncated"; its items."""
         found = self._run(model, [task], None)
         own = found["results"].get(task, {})  # a tag has no figure of its own
         metrics = {key.removesuffix(",none"): value for key, value in own.items() if key.endswith(",none")}
@@ -91,14 +92,15 @@ class Harness:
         }
         items = [
             {"subject": name, "number": sample["doc_id"], "document": sample["doc"], "target": sample["target"],
+             "truncated": _truncated(model, sample),
              **{metric: sample[metric] for metric in sample["metrics"]}}
             for name, samples in sorted(found["samples"].items())
             for sample in sorted(samples, key=lambda sample: sample["doc_id"])
         ]  # fmt: skip
-        return score, items
+        return {**score, "truncated": _count_truncated(task, model, items)}, items
 
     def items(self, model: Any, benchmark: Benchmark) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Every question of a benchmark, scored; and the task's version and number of examples in the prompt."""
+        """Every question of a benchmark, scored; and the task's version, number of examples in the prompt and of cut prompts."""
         rows = self._rows.get(benchmark.task)
         tasks = [benchmark.task] if rows is None else local_tasks(benchmark, rows)
         found = self._run(model, tasks, FEW_SHOT if rows is None else None)
@@ -107,10 +109,11 @@ class Harness:
             subject = name.removeprefix(f"{benchmark.task}_")
             for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
                 asked = question(benchmark, subject, sample["doc_id"], sample["doc"])
-                items.append(_item(asked, sample))
+                items.append({**_item(asked, sample), "truncated": _truncated(model, sample)})
         shots = sorted(set(found["n-shot"].values()))
         versions = {found["versions"][name] for name in found["samples"]}
-        return items, {"version": versions.pop(), "few_shot": shots[0] if len(shots) == 1 else shots}
+        return items, {"version": versions.pop(), "few_shot": shots[0] if len(shots) == 1 else shots,
+                       "truncated": _count_truncated(benchmark.task, model, items)}  # fmt: skip
 
     def questions(self, benchmark: Benchmark) -> list[Question]:
         """The scored questions of a benchmark, for a protocol that asks them in its own way."""
@@ -150,6 +153,27 @@ def _local_task(benchmark: Benchmark, shipped: dict[str, Any], splits: Mapping[s
         "dataset_name": None,
         "num_fewshot": min(FEW_SHOT, len(splits["dev"])),
     }
+
+
+def _truncated(model: Any, sample: dict[str, Any]) -> bool:
+    """Whether a prompt was longer than the model reaches: the harness cuts its start off, examples first, and scores the rest."""
+
+    def cut(context: str, *rest: Any) -> bool:
+        if not rest:
+            return False  # a whole text: it is read in windows
+        if isinstance(rest[0], str):  # the last token of a continuation is never read
+            return len(model.tok_encode(context + rest[0])) > model.max_length + 1
+        return len(model.tok_encode(context)) > model.max_length - rest[0].get("max_gen_toks", model.max_gen_toks)
+
+    return any(cut(*request) for request in sample["arguments"])
+
+
+def _count_truncated(task: str, model: Any, items: list[dict[str, Any]]) -> int:
+    count = len({(item["subject"], item["number"]) for item in items if item["truncated"]})
+    if count:
+        dist.log.warning("%s: %d prompts are longer than the %d tokens that the model reaches: their first examples were cut "
+                         "off, so the score is not of the stated number of examples", task, count, model.max_length)  # fmt: skip
+    return count
 
 
 def _item(asked: Question, sample: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,9 @@ answer that nobody gave. An answer that is missing or not plain is worth nothing
 """
 
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from megatron_steel.post.extract import extract_choice, extract_number
+from megatron_steel.post.extract import extract_choice, extract_number, plain_number
 
 Completion = str | Sequence[dict[str, Any]]
 """What a model wrote: text, or TRL's list of messages, of which the last one counts."""
@@ -29,8 +28,10 @@ def score(reply: str, answer: str, options: Sequence[str] = ()) -> float:
         if answer not in list("ABCDEFGHIJ"[: len(options)]):
             raise ValueError(f"the answer {answer!r} is none of {len(options)} options")
         return float(extract_choice(reply, options) == answer)
-    given = extract_number(reply)
-    return float(given is not None and given == _number(answer))
+    right = plain_number(answer)
+    if right is None:
+        raise ValueError(f"the answer {answer!r} is not a number")
+    return float(extract_number(reply) == right)
 
 
 def trl_reward(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
@@ -59,10 +60,3 @@ def _text(completion: Completion) -> str:
         return completion
     content = completion[-1]["content"] if completion else ""
     return content if isinstance(content, str) else ""
-
-
-def _number(answer: str) -> Decimal:
-    try:
-        return Decimal(answer.rpartition("####")[2].strip().replace(",", ""))
-    except InvalidOperation:
-        raise ValueError(f"the answer {answer!r} is not a number") from None

@@ -11,6 +11,7 @@ from megatron_steel.errors import SteelError
 from megatron_steel.post.benchmarks import BENCHMARKS
 from megatron_steel.post.compare import figures
 from megatron_steel.post.published import PUBLISHED
+from megatron_steel.post.scores import about_of, protocols
 
 _CHANCE = 25.0  # four choices
 
@@ -45,14 +46,15 @@ def bars(results: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     """One bar a score: {"label", "percent", "ours", "source"}; ours first, then the published ones."""
     found = []
     for result in results:
-        about = result["protocol"]
+        about = about_of(result)
         for name, value in figures(result).items():
             of, protocol = name.split(" ")
             if of == task:
-                score = result[task] if result[task]["protocol"] == protocol else result[task][protocol]
+                score = next(one for one in protocols(result[task]) if one["protocol"]["name"] == protocol)
                 future = ", SEES THE FUTURE" if about["loss_sees_future"] else ""
                 absent = f", {len(score['absent'])} subjects left out" if score["absent"] else ""
-                source = f"this project: {protocol}, {score['few_shot']}-shot{absent}{future}"
+                cut = f", {score['truncated']} prompts cut off" if score.get("truncated") else ""
+                source = f"this project: {protocol}, {score['few_shot']}-shot{cut}{absent}{future}"
                 found.append({"label": about["model"], "percent": 100 * value, "ours": True, "source": source})
     for row in PUBLISHED:
         if task in row.scores:

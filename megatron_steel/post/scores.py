@@ -19,7 +19,7 @@ def summary(benchmark: Benchmark, protocol: str, items: list[dict[str, Any]], fa
 
     Args:
         items: one a question, with `subject`, `right` and `given` (None: the reply gave no answer).
-        facts: of the protocol, kept with the score.
+        protocol: its name. facts: of the protocol, kept with the score.
 
     Returns: {"acc": mean of the subjects' accuracies, each weighing the same, "acc_over_questions", "n": questions,
         "invalid": replies without an answer, "subjects", "categories", "absent", "protocol", ...}.
@@ -53,14 +53,24 @@ def summary(benchmark: Benchmark, protocol: str, items: list[dict[str, Any]], fa
 
 def show(result: dict[str, Any]) -> None:
     """Print one model's scores."""
-    about = result["protocol"]
+    about = about_of(result)
     print(f"{about['model']}: {about['dtype']} on {about['device']}, {_verdict(about)}")
     if about["loss_sees_future"]:
         print("THIS MODEL SEES THE FUTURE: its scores do not compare with those of causal models")
     for task, score in result.items():
-        if task != "protocol":
-            for one in [score, *([score["steel-chat"]] if "steel-chat" in score else [])]:
-                _show_one(task, one)
+        for one in protocols(score):
+            _show_one(task, one)
+
+
+def protocols(score: dict[str, Any]) -> list[dict[str, Any]]:
+    """A task's scores, one a protocol that it was scored by."""
+    return [score, *([score["steel-chat"]] if "steel-chat" in score else [])]
+
+
+def about_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What all scores of one model share: which model, how it was run, what its audit says."""
+    facts: dict[str, Any] = next(iter(result.values()))["protocol"]
+    return facts
 
 
 def _show_one(task: str, score: dict[str, Any]) -> None:
@@ -70,11 +80,13 @@ def _show_one(task: str, score: dict[str, Any]) -> None:
         print(f"  {category + ' (' + str(part['subjects']) + ' subjects)':45} {part['acc']:7.2%}  of {part['n']}")
     if score.get("absent"):
         print(f"  left out, {len(score['absent'])} subjects without files: {', '.join(score['absent'])}")
+    how_made = score["protocol"]["name"]
     shown = f"{score['acc']:.2%}" if "acc" in score else json.dumps(score)
     how = [f"{score['n']} questions", f"{score['few_shot']}-shot"]
     how += [f"version {score['version']}"] if score.get("version") is not None else []
     how += [f"{score['invalid']} replies without an answer"] if score.get("invalid") else []
-    print(f"{task}: {shown} by {score['protocol']} ({', '.join(how)})")
+    how += [f"{score['truncated']} PROMPTS CUT OFF"] if score.get("truncated") else []
+    print(f"{task}: {shown} by {how_made} ({', '.join(how)})")
 
 
 def _verdict(about: dict[str, Any]) -> str:
@@ -91,6 +103,8 @@ def _mean(values: list[float]) -> float:
 
 def require_folder(file: str | None, what: str) -> None:
     """Raises SteelError, before anything is computed, where `file` could not be written."""
+    if file is not None and Path(file).is_dir():
+        raise SteelError(f"a folder stands where the {what} should go", file, "name a file in it")
     if file is not None and not Path(file).absolute().parent.is_dir():
         raise SteelError(f"the folder for the {what} does not exist", file, "make it first, or name another file")
 

@@ -10,6 +10,7 @@ from megatron_steel.data import sources
 from megatron_steel.data.sources import Broken, Conversation, Rejected
 from megatron_steel.post import choices
 from megatron_steel.post.examples import Example, Fields, Read, Turn, asked, from_turns, optional, text
+from megatron_steel.post.extract import plain_number
 
 _GSM8K = 'Let\'s think step by step and output the final answer after "####".'
 _HAN, _KANA = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"), re.compile("[\u3040-\u30ff\uac00-\ud7af]")
@@ -129,6 +130,8 @@ def _gsm8k(row: Fields) -> Example:
     _, marker, answer = worked.rpartition("####")
     if not marker or not answer.strip():
         raise Rejected("no answer")
+    if plain_number(answer) is None:  # the reward's own rule
+        raise Rejected("answer is not a number")
     return asked(f"{question} {_GSM8K}", worked, answer=answer.strip().replace(",", ""))
 
 

@@ -14,6 +14,8 @@ from megatron_steel.data.chatml import SYSTEM
 from megatron_steel.errors import SteelError
 from megatron_steel.post.sft_sources import table
 
+_TEST = re.compile(r"test(?:s|ing|sets?|data|split)?")
+
 
 class _Section:
     """Refuses unknown keys when pydantic validates a subclass."""
@@ -83,7 +85,8 @@ def load_spec(path: str) -> Spec:
 def files_of(part: Part, refuse_test: bool) -> list[Path]:
     """The files of a set, each once, those of a pattern in the order of their names.
 
-    Raises SteelError: a pattern that fits no file; with `refuse_test` a file whose name or folder is called test.
+    Raises SteelError: a pattern that fits no file; with `refuse_test` a file whose name, or one of the three folders that it lies
+    in, is called test, or a link to such a file.
     """
     found: dict[Path, None] = {}
     for pattern in part.files:
@@ -92,11 +95,16 @@ def files_of(part: Part, refuse_test: bool) -> list[Path]:
             raise SteelError("there is no such file", pattern, f"mend the files of the source {part.type}")
         found |= dict.fromkeys(Path(hit) for hit in hits if Path(hit).is_file())
     for path in found if refuse_test else []:
-        words = re.split(r"[^a-z]+", f"{path.parent.name}/{path.name}".lower())
-        if "test" in words:
+        # Wherever it is named from, and what a link stands for: Hugging Face's cache holds links to names of no meaning.
+        words = {word for real in (path.absolute(), path.resolve()) for word in _words(real)}
+        if any(_TEST.fullmatch(word) for word in words):
             what = f"this is a test split of {part.type}: a model that trains on it has no score on it any more"
             raise SteelError(what, path, "leave it out, or say --force-test-splits and report it with every score")
     return list(found)
+
+
+def _words(path: Path) -> list[str]:
+    return re.split(r"[^a-z]+", "/".join(path.parts[-4:]).lower())
 
 
 def _problems(spec: Spec) -> list[str]:

@@ -63,7 +63,7 @@ def test_replies_and_scores_equal_a_loop_by_hand(talker, tmp_path):
     assert 0 < right < 12
     assert 0 < invalid < 12  # so that an answer that is not there was met, and was wrong
     assert all(not item["right"] for item in mine if item["given"] is None)
-    assert result["ceval-valid"]["protocol"] == "loglikelihood"
+    assert result["ceval-valid"]["protocol"]["name"] == "loglikelihood"
     assert result["ceval-valid"]["acc"] == sum(i["right"] for i in items if i["protocol"] == "loglikelihood") / 12
 
 
@@ -94,7 +94,7 @@ def test_all_three_benchmarks_are_asked(talker, tmp_path):
     write_mmlu(tmp_path / "mmlu", ["anatomy"])
     result = evaluate(str(talker[0]), ["cmmlu", "mmlu"], data=str(tmp_path), protocol="steel-chat", max_new_tokens=2)
     for task in ("cmmlu", "mmlu"):
-        assert result[task]["protocol"] == "steel-chat"
+        assert result[task]["protocol"]["name"] == "steel-chat"
         assert (result[task]["n"], result[task]["max_new_tokens"], result[task]["decoding"]) == (4, 2, "greedy")
     with pytest.raises(SteelError, match="the model reaches 1024"):
         evaluate(str(talker[0]), ["mmlu"], data=str(tmp_path), protocol="steel-chat")

@@ -41,15 +41,15 @@ def test_exports_are_scored_in_order_and_read_back_from_tensorboard(run, tmp_pat
     assert cli.main(command) == 0
     said = capsys.readouterr()
     results = json.loads(files[0].read_text())["checkpoints"]
-    assert [result["protocol"]["step"] for result in results] == [3, 20, 100]
-    assert [result["protocol"]["causal"] for result in results] == [True, True, False]
+    assert [result[TASK]["protocol"]["step"] for result in results] == [3, 20, 100]
+    assert [result[TASK]["protocol"]["causal"] for result in results] == [True, True, False]
     lines = [json.loads(line) for line in files[1].read_text().splitlines()]
     for result in results:
         for score in (result[TASK], result[TASK][("steel-chat")]):
             mine = [
                 x["right"]
                 for x in lines
-                if (x["model"], x["protocol"]) == (result["protocol"]["model"], score["protocol"])
+                if (x["model"], x["protocol"]) == (score["protocol"]["model"], score["protocol"]["name"])
             ]
             assert (sum(mine) / len(mine), len(mine)) == (score["acc"], score["n"])
     assert len({result[TASK]["acc"] for result in results}) > 1  # so that an exchange would be seen
@@ -77,16 +77,15 @@ def test_exports_are_scored_in_order_and_read_back_from_tensorboard(run, tmp_pat
 
 
 def test_published_bars_are_marked_and_never_ours(tmp_path):
-    score = {"acc": 0.5, "protocol": "loglikelihood", "few_shot": 5, "absent": ["x"]}
-    result = {
-        TASK: {**score, "steel-chat": {**score, "acc": 0.25, "protocol": "steel-chat", "few_shot": 0}},
-        "protocol": {"model": "mine", "step": 7, "loss_sees_future": True},
-    }
+    about = {"model": "mine", "step": 7, "loss_sees_future": True}
+    score = {"acc": 0.5, "protocol": {"name": "loglikelihood", **about}, "few_shot": 5, "truncated": 2, "absent": ["x"]}
+    chat = {"acc": 0.25, "protocol": {"name": "steel-chat", **about}, "few_shot": 0, "absent": ["x"]}
+    result = {TASK: {**score, "steel-chat": chat}}
     found = bars([result], TASK)
     assert [(bar["label"], bar["percent"]) for bar in found if bar["ours"]] == [("mine", 50.0), ("mine", 25.0)]
     sources = [bar["source"] for bar in found if bar["ours"]]
     assert sources == [
-        "this project: loglikelihood, 5-shot, 1 subjects left out, SEES THE FUTURE",
+        "this project: loglikelihood, 5-shot, 2 prompts cut off, 1 subjects left out, SEES THE FUTURE",
         "this project: steel-chat, 0-shot, 1 subjects left out, SEES THE FUTURE",
     ]
     others = {bar["label"]: bar["percent"] for bar in found if not bar["ours"]}

@@ -75,7 +75,8 @@ def test_scores_equal_a_computation_by_hand(ceval, letters, tmp_path, capsys):
     assert (score["n"], score["few_shot"], score["version"]) == (8, 3, 2.0)
     assert len(score["absent"]) == 50
     assert "答案：" in score["prompt"]
-    assert result["protocol"]["versions"]["lm_eval"]
+    assert score["protocol"]["versions"]["lm_eval"]
+    assert score["truncated"] == 0
     assert json.loads(file.read_text()) == result
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.json"]
     assert "ceval-valid:" in capsys.readouterr().out
@@ -109,6 +110,41 @@ def test_three_benchmarks_from_one_folder(letters, tmp_path):
     assert [(i["question"], i["options"], i["answer"]) for i in items if i["task"] == "mmlu"] == [
         (row["question"], [row[x] for x in LETTERS], row["answer"]) for row in published
     ]
+
+
+def test_prompts_that_are_cut_off_are_counted_marked_and_warned_of(letters, tmp_path, capsys):
+    """Each example is longer than half of the 1024 characters that the model reaches; one question needs no example."""
+    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+    write_cmmlu(tmp_path, ["agronomy", "virology"])
+    dev = tmp_path / "dev" / "virology.csv"
+    dev.write_text(dev.read_text().replace("问题", "?" * 600))
+    words = ["evaluate", str(letters[0]), "--tasks", " cmmlu, ", "--data", str(tmp_path), "--json", str(tmp_path / "s.json"),
+             "--items", str(tmp_path / "i.jsonl"), "--picture", str(tmp_path / "p.png")]  # fmt: skip
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert json.loads((tmp_path / "s.json").read_text())["cmmlu"]["truncated"] == 4
+    lines = [json.loads(line) for line in (tmp_path / "i.jsonl").read_text().splitlines()]
+    assert [line["truncated"] for line in lines] == [line["subject"] == "virology" for line in lines]
+    assert len(lines) == 8
+    assert "(8 questions, 5-shot, version 1.0, 4 PROMPTS CUT OFF)" in said.out
+    assert "cmmlu: 4 prompts are longer than the 1024 tokens that the model reaches" in said.err
+
+
+def test_a_prompt_that_just_fits_is_not_cut(letters):
+    """The last token of the continuation is never an input, so one more than the reach fits."""
+    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    from megatron_steel.post.harness import _truncated
+    from megatron_steel.post.load import load
+
+    loaded = load(str(letters[0]))
+    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, device="cpu")
+    for request, cut in (
+        (("x" * 1023, " A"), False), (("x" * 1024, " A"), True), (("x" * 5000,), False),
+        (("x" * 1014, {"max_gen_toks": 10}), False), (("x" * 1015, {"max_gen_toks": 10}), True),
+    ):  # fmt: skip
+        assert _truncated(model, {"arguments": [("x", " A"), request]}) == cut
 
 
 def test_without_the_extra_the_command_to_install_it_is_named(letters):
@@ -151,7 +187,11 @@ def test_a_folder_without_a_verdict_is_audited_first_and_the_scores_say_what_it_
     ]
     assert cli.main([*words, "--trust-code"]) == 0
     said = capsys.readouterr()
-    protocol = json.loads((tmp_path / "s.json").read_text())["protocol"]
+    tree = json.loads((tmp_path / "s.json").read_text())
+    assert {task: sorted({"acc", "n", "protocol"} & set(score)) for task, score in tree.items()} == {
+        "ceval-valid": ["acc", "n", "protocol"]
+    }
+    protocol = tree["ceval-valid"]["protocol"]
     assert (protocol["causal"], protocol["loss_sees_future"]) == (kind == "causal", kind != "causal")
     assert protocol["audit"] == {
         "causal": "causal: yes", "leaking": "NOT CAUSAL: MeanMixer in layers 0-1 reads later tokens",

@@ -68,6 +68,30 @@ REPLIES = [
     ("B超检查", None),
     ("维生素C对身体有好处", None),
     ("以下是一道单选题", None),
+    ("正确选项是B，错误选项是A", "B"),
+    ("答案选B\n\n【点评】本题容易误选A。", "B"),
+    ("答案：B\n易错警示：很多同学会错选C", "B"),
+    ("答案是B，因为选A会导致矛盾。", "B"),
+    ("答案是B。\n如果选A，则错误。", "B"),
+    ("答案：B\n解析：选A的同学没注意", "B"),
+    ("答案是：上海。选项A北京不对。", "B"),
+    ("答案可能是A，也可能是B", None),
+    ("A。B。", None),
+    ("容易误选A", None),
+    ("错误的选项是D", "D"),
+    ("不正确的选项是D", "D"),
+    ("不符合题意的是D，符合题意的是B", "B"),
+    ("<answer>B</answer>", "B"),
+    ("先排除 A。\n<answer>\nB. 上海\n</answer>", "B"),
+    ("答案=B", "B"),
+    ("答案是_B_", "B"),
+    ("答案: __B__", "B"),
+    ("答案是『B』", "B"),
+    ("选项为B", "B"),
+    ("正确的有：B", "B"),
+    ("B?", "B"),
+    ("A. 错误\nB. 正确\nC. 错误\nD. 错误", "B"),
+    ("本题先选A，不过再想一想，选B", "B"),
 ]
 ENGLISH_REPLIES = [
     ("The answer is (C).", "C"),
@@ -90,6 +114,17 @@ ENGLISH_REPLIES = [
     ("the answer is b) Paris", "B"),
     ("Either Paris or New York", None),
     ("A because the question asks for a person", "A"),
+    ("The correct answer is B; the incorrect answer is A", "B"),
+    ("The answer is B. You could not choose A", "B"),
+    ("The answer is B. Do not pick A, and never choose C.", "B"),
+    ("I don't think it's A.", None),
+    ("I don’t think the answer is A.", None),
+    ("A. a man of letters is wrong", None),
+    ("B is the answer.", "B"),
+    ("I'd say B", "B"),
+    ("So, B.", "B"),
+    ("Correct: B", "B"),
+    ("Incorrect: B", None),
 ]
 
 
@@ -110,6 +145,12 @@ def test_letters_go_as_far_as_the_options():
     assert extract_choice("上海", ["", "", "", ""]) is None
 
 
+def test_options_that_are_verdicts_are_not_read_as_verdicts():
+    assert extract_choice("A. 正确\nB. 错误", ["正确", "错误"]) is None
+    assert extract_choice("A. 正确", ["正确", "错误"]) == "A"
+    assert extract_choice("B. 不变", ["变大", "不变"]) == "B"
+
+
 def test_numbers_in_options_are_whole_numbers():
     assert extract_choice("结果等于 14", ["4", "14", "1", "0.14"]) == "B"
     assert extract_choice("答案是 0.14", ["4", "14", "1", "0.14"]) == "D"
@@ -126,6 +167,15 @@ def test_numbers_in_options_are_whole_numbers():
         ("答案是3.14。", "3.14"),
         ("about 1e5", "1e5"),
         ("10-5", "5"),
+        ("10–5", "5"),
+        ("#### −5", "-5"),
+        ("#### –5", "-5"),
+        ("the answer is −5", "-5"),
+        ("#### 1/2", None),
+        ("#### 1 000", "1000"),
+        ("#### 12 345 678 apples", "12345678"),
+        ("#### 72\n\nThat's step 3.", "72"),
+        ("2 + 2 = 4\n#### four", None),
         ("__import__('os').system('true')", None),
         ("the answer is 3 * 4", "4"),
         ("no idea", None),
@@ -136,7 +186,28 @@ def test_numbers_are_read_and_never_computed(reply, number):
 
 
 @pytest.mark.parametrize(
-    "piece", ["答案", "(", "选项( ", "A、", "不", "\n", "A\n", "答案是A和B和", "\\boxed{", "A也", "not "]
+    "piece",
+    [
+        "答案",
+        "(",
+        "选项( ",
+        "A、",
+        "不",
+        "\n",
+        "A\n",
+        "答案是A和B和",
+        "\\boxed{",
+        "A也",
+        "not ",
+        "故选",
+        "so ",
+        "_",
+        "A,也可能是",
+        "<answer>",
+        "n't think that ",
+        "A.正确",
+        "选项是",
+    ],
 )
 def test_no_reply_makes_reading_run_away(piece):
     """Patterns that backtrack take minutes over these; each is read in a few hundredths of a second."""

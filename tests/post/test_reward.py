@@ -50,6 +50,9 @@ def test_no_plain_answer_is_worth_nothing(reply):
         ("2 + 3 = 5\n#### 5", "5", 1.0),
         ("so he has $1,005.00.\n#### 1,005", "1005", 1.0),
         ("#### -3", "-3", 1.0),
+        ("#### −3", "-3", 1.0),
+        ("#### −3", "3", 0.0),
+        ("#### 1/2", "2", 0.0),
         ("#### 0.50", ".5", 1.0),
         ("#### 18 dollars", "#### 18", 1.0),
         ("It is 17 or so, thus 18", "18", 1.0),
@@ -74,11 +77,16 @@ def test_several_completions_of_several_questions():
 
 
 @pytest.mark.parametrize(
-    ("answer", "options"), [("E", ("x", "y")), ("AB", ("x", "y")), ("", ("x", "y")), ("five", ()), ("", ())]
+    ("answer", "options"),
+    [
+        *((answer, ("x", "y")) for answer in ("E", "AB", "")),
+        *((answer, ()) for answer in ("five", "", "1/2", "$5", "50%", "5 apples", "nan", "1_000", "inf", "1e3", "5.")),
+    ],
 )
-def test_a_row_whose_answer_nobody_can_give_is_an_error_not_a_zero(answer, options):
+@pytest.mark.parametrize("reply", ["#### 5", "#### 0.5", "no idea", ""])
+def test_a_row_whose_answer_nobody_can_give_is_an_error_not_a_zero(answer, options, reply):
     with pytest.raises(ValueError, match="the answer"):
-        score("#### 5", answer, options)
+        score(reply, answer, options)
 
 
 def test_nothing_of_a_reply_is_run():

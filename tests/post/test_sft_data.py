@@ -37,8 +37,8 @@ def tokenizer(tiny_tokenizer, tmp_path_factory):
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """An empty working folder whose name holds no word that matters."""
-    folder = tmp_path / "w"
-    folder.mkdir()
+    folder = tmp_path / "w" / "w" / "w" / "w"
+    folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     return folder
 
@@ -178,6 +178,27 @@ def test_a_question_stands_on_one_side_only(work, tokenizer):
     assert report["heldout"] == 4 * len(sides[1]) > 0
 
 
+def test_first_questions_stand_on_one_side_however_they_are_spaced_and_go_on(work, tokenizer):
+    def row(question, *more):
+        turns = [question, "reply", *more]
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]}
+
+    rows = []
+    for i in range(40):
+        rows += [row(f"question {i}"), row(f" question  {i}\n"), row(f"question\u3000{i}"), row(f"ｑuestion {i}"),
+                 row(f"question {i}", "go on", "and on")]  # fmt: skip
+    _jsonl(work / "a.jsonl", rows)
+    spec = _spec(work, tokenizer, [{"type": "messages", "files": ["a.jsonl"]}], heldout_ratio=0.3)
+    report = sft_data(spec, "out", workers=1)
+    sides = [
+        {row["messages"][1]["content"].replace("ｑ", "q").split()[1] for row in _rows(work / "out" / f"{side}.jsonl")}
+        for side in ("train", "heldout")
+    ]
+    assert not sides[0] & sides[1]
+    assert report["heldout"] == 5 * len(sides[1]) > 0
+    assert report["train"] == 5 * len(sides[0]) > 0
+
+
 def test_lengths_are_those_of_the_template_with_the_real_tokens(work, tokenizer):
     from transformers import AutoTokenizer
 
@@ -260,7 +281,16 @@ def test_prompts_for_a_reward(work, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "name", ["train/x-test.jsonl", "ARC-Easy/test/0000.jsonl", "ARC-Challenge-Test.jsonl", "test-00000-of-00001.jsonl"]
+    "name",
+    [
+        "train/x-test.jsonl",
+        "ARC-Easy/test/0000.jsonl",
+        "ARC-Challenge-Test.jsonl",
+        "test-00000-of-00001.jsonl",
+        "arc/test/deep/part-0.jsonl",
+        "arc/testset.jsonl",
+        "arc/tests/0.jsonl",
+    ],
 )
 def test_a_test_split_is_refused_and_forced_only_by_name(work, tokenizer, name):
     _jsonl(work / name, [ARC])
@@ -270,6 +300,18 @@ def test_a_test_split_is_refused_and_forced_only_by_name(work, tokenizer, name):
     assert not (work / "out").exists()
     report = sft_data(spec, "out", force_test_splits=True, workers=1)
     assert (report["train"], report["forced_test_splits"]) == (1, True)
+
+
+def test_a_test_split_is_refused_from_inside_its_folder_and_through_a_link(work, tokenizer, monkeypatch):
+    _jsonl(work / "test" / "x.jsonl", [ARC])
+    (work / "train.jsonl").symlink_to(work / "test" / "x.jsonl")
+    (work / "blob").write_bytes((work / "test" / "x.jsonl").read_bytes())
+    (work / "ARC-Test.jsonl").symlink_to(work / "blob")
+    for folder, name in ((work / "test", "x.jsonl"), (work, "train.jsonl"), (work, "ARC-Test.jsonl")):
+        monkeypatch.chdir(folder)
+        spec = _spec(work, tokenizer, [{"type": "arc", "files": [name]}])
+        with pytest.raises(SteelError, match="this is a test split of arc"):
+            sft_data(spec, "out", workers=1)
 
 
 def test_training_splits_pass_and_words_that_hold_test_too(work, tokenizer):

@@ -192,3 +192,6 @@ def test_gsm8k():
     assert example.prompt[0][1] == 'How many? Let\'s think step by step and output the final answer after "####".'
     with pytest.raises(Rejected, match="no answer"):
         GRPO["gsm8k"].read(row | {"answer": "5"})
+    for answer in ("1/2", "5 apples", "five", "$5", "1_000", "nan"):
+        with pytest.raises(Rejected, match="answer is not a number"):
+            GRPO["gsm8k"].read(row | {"answer": f"so #### {answer}"})
