@@ -304,7 +304,10 @@ def _provenance(
     files: dict[str, dict[str, Any]] = {}
     documents = parts.documents(list(outcomes), kind)
     shuffle = {} if seed is None else {"shuffled": {"key": shuffle_key(seed, kind), "documents": documents}}
-    counted, names = ("rows", "empty", "malformed", "special"), _names([unit.path for unit in units])
+    counted, names = (
+        ("rows", "empty", "malformed", "special"),
+        readers.names(list(dict.fromkeys(unit.path for unit in units))),
+    )
     for unit, outcome in zip(units, outcomes, strict=True):
         new: dict[str, Any] = {"name": names[unit.path], "bytes": os.path.getsize(unit.path)} | shuffle
         entry = files.setdefault(unit.path, new | dict.fromkeys(("documents", *counted), 0))
@@ -312,15 +315,6 @@ def _provenance(
         for key in counted:
             entry[key] += getattr(outcome, key)
     return list(files.values())
-
-
-def _names(paths: Sequence[str]) -> dict[str, str]:
-    """Each file's name without its folder; where two have the same, all their paths from their common folder on."""
-    places = {path: Path(os.path.realpath(os.path.dirname(path)), os.path.basename(path)) for path in paths}
-    if len({place.name for place in places.values()}) == len(places):
-        return {path: place.name for path, place in places.items()}
-    common = os.path.commonpath([place.parent for place in places.values()])
-    return {path: place.relative_to(common).as_posix() for path, place in places.items()}
 
 
 class _Progress:
