@@ -9,6 +9,9 @@ import atexit
 import datetime
 import logging
 import os
+import select
+import signal
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -163,9 +166,14 @@ def shared(problem: SteelError) -> SteelError:
 
 
 def exit_code(action: Callable[[], object]) -> int:
-    """Run a command and turn its end into an exit code; an error that all ranks share is told once."""
+    """Run a command and turn its end into an exit code; an error that all ranks share is told once.
+
+    Where stdout's reader left early (`| head`) it ends without a word, with the code that a shell gives such a command.
+    """
     try:
         action()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it can still be answered
     except SteelError as error:
         if not error.shared or is_main():
             log.error("error: %s", error)
@@ -173,10 +181,20 @@ def exit_code(action: Callable[[], object]) -> int:
     except (Stopped, StoppedEarly) as stopped:
         log.info("%s", stopped)
         return stopped.exit_code
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered is flushed at the end
+            return 128 + signal.SIGPIPE
         log.exception("this is a bug, or something this program does not know; please report it with the lines below")
         return EXIT_INTERNAL
     return EXIT_DONE
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is stdout that broke, not a pipe to another process."""
+    stdout = select.poll()
+    stdout.register(1, 0)
+    return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def set_up_logging() -> None:

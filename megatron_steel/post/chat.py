@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
-from megatron_steel.post.generate import open_writer, sampling, seeded
+from megatron_steel.post.generate import open_writer, require_text, sampling, seeded
 from megatron_steel.post.load import Loaded
 from megatron_steel.post.turns import chat_ids, stop_ids
 
@@ -28,7 +28,7 @@ def chat(
     Returns: the conversation, [{"role": "user" or "assistant", "content": ...}].
     Raises:
         SteelError: what `load` raises, a folder without tokenizer or chat template, a template that does not take turns
-            of user and assistant, a line longer than the model reaches.
+            of user and assistant, a line that is not UTF-8 or longer than the model reaches.
     """
     if max_new_tokens < 1:
         raise SteelError(f"{max_new_tokens} new tokens are none", "--max-new-tokens", "ask for at least 1")
@@ -55,7 +55,11 @@ def _lines() -> Iterable[str]:
     while True:
         if terminal:
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            raise SteelError("the text is not UTF-8", "stdin", "convert it, with iconv for one") from None
+        require_text(line, "stdin")
         if not line or line.strip() == _EXIT:
             return
         if line.strip():

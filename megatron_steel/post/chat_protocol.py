@@ -40,8 +40,7 @@ def user_turn(task: str, asked: Question) -> str:
     """A question in Steel-LLM's words."""
     wording, (blank, instead), _ = _ASKED[task]
     options = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, asked.options, strict=True))
-    text = wording.format(question=asked.text, options=options)
-    return text.replace(blank, instead) if blank else text
+    return wording.format(question=asked.text.replace(blank, instead) if blank else asked.text, options=options)
 
 
 def answer(

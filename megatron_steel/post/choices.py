@@ -1,6 +1,7 @@
 """Choice questions to prompts and answers: WanJuan's Chinese exams, and OpenBookQA, ARC and LogiQA in English.
 
-Prompts are those of Steel-LLM's evaluation, so that a model is asked in training as it will be asked for its score. The
+Prompts are those of Steel-LLM's fine-tuning, worded as its evaluation asks for the score (`chat_protocol`, which puts an
+empty line before the options of a Chinese question where these do not). The
 type of a question is the one that its row gives, a key may be a letter or a number, and there may be two to ten options;
 a row whose key fits none of its options is rejected, never filled up. Must not know files.
 """
@@ -14,10 +15,13 @@ from megatron_steel.data.sources import Broken, Rejected
 from megatron_steel.post.examples import Example, Fields, asked, optional, text
 
 _LETTERS = string.ascii_uppercase[:10]
-_NOTHING = re.compile(r"[(（【\[]?\s*(?:解析|答案|解答)?\s*[:：]?\s*(?:略|无|暂无|null|None)?\s*[)）】\]]?[.。]?")
+_ELSEWHERE = r"(?:请?详?见(?:解析|答案|解答|详解|分析))"
+_NOTHING = re.compile(
+    rf"[(（【\[]?\s*(?:解析|答案|解答)?\s*[:：]?\s*(?:略|无|暂无|null|None)?\s*[,，]?\s*[(（]?{_ELSEWHERE}?[)）]?\s*[)）】\]]?[.。]?"
+)
 _LEAST_DETAIL = 10  # characters: a shorter one explains nothing
 _CONCLUSION = re.compile(
-    r"(?:因此|所以|综上所述|综上)?[，,]?\s*(?:故|应|本题)(?:本题)?(?:应?选择?|(?:正确)?答案(?:为|是|选))\s*[:：]?\s*"
+    r"(?:(?:因此|所以|综上所述|综上)[，,]?\s*(?:故|应|本题)?|[，,]?\s*(?:故|应|本题))(?:本题)?(?:应?选择?|(?:正确)?答案(?:为|是|选))\s*[:：]?\s*"
     r"[(（【]?\s*([A-J](?:[、,，\s和与及]*[A-J])*)(?![A-Za-z])[^\n。．.;；]*[。．.;；]?\s*\Z"
 )
 _ENGLISH = "The following is a multiple-choice question. Please choose the most suitable one among {} as the answer to this question."
@@ -152,9 +156,9 @@ def _exam_letters(answer: str, options: list[str], question: str) -> str:
 
 def _without_conclusion(detail: str, letters: str) -> str:
     """The explanation without its own last words on the answer ("故选B。"), which must agree with the key."""
-    found = _CONCLUSION.search(detail) if letters else None
-    if not found:
-        return detail
-    if "".join(sorted(set(re.findall("[A-J]", found[1])))) != letters:
-        raise Rejected("explanation and answer differ")
-    return detail[: found.start()].rstrip()
+    kept, found = len(detail), _CONCLUSION.search(detail) if letters else None
+    while found:  # "综上所述，答案为C，故选C。"
+        if "".join(sorted(set(re.findall("[A-J]", found[1])))) != letters:
+            raise Rejected("explanation and answer differ")
+        kept, found = min(kept, found.start()), _CONCLUSION.search(detail, found.end(1))
+    return detail[:kept].rstrip() if kept < len(detail) else detail

@@ -4,6 +4,7 @@ An example is a prompt that ends with the user's turn and one reply (two for pre
 with the verdict that a reward needs. Must not know files, sources, templates or tokenizers.
 """
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,16 +75,21 @@ def optional(row: Fields, key: str) -> str:
 
 
 def check(example: Example) -> None:
-    """Raise Rejected for a turn without a word, or two replies that are one; Broken for half a character."""
+    """Raise Rejected for a turn without a visible character, or two replies that are one; Broken for half a character."""
     try:
         example.content().encode()
     except UnicodeEncodeError:
         raise Broken("holds half a character (a lone surrogate)") from None
-    if not all(content.strip() for role, content in example.prompt if role != "assistant"):
+    if not all(_visible(content) for role, content in example.prompt if role != "assistant"):
         raise Rejected("empty question")
-    if not all(content.strip() for role, content in example.turns() if role == "assistant") or not all(
-        reply.strip() for reply in example.replies
+    if not all(_visible(content) for role, content in example.turns() if role == "assistant") or not all(
+        _visible(reply) for reply in example.replies
     ):
         raise Rejected("empty answer")
     if len(example.replies) == 2 and example.replies[0].strip() == example.replies[1].strip():
         raise Rejected("chosen equals rejected")
+
+
+def _visible(said: str) -> bool:
+    """Whether there is more than white space and characters of format: a zero-width space is no word."""
+    return any(not character.isspace() and unicodedata.category(character) != "Cf" for character in said)

@@ -27,12 +27,13 @@ def generate(
         trust_code: allow foreign modelling code that lies in the folder.
 
     Raises:
-        SteelError: what `load` raises, no tokenizer, or no tokens wanted.
+        SteelError: what `load` raises, no tokenizer, a prompt that is not UTF-8, or no tokens wanted.
     """
     import torch
 
     if max_new_tokens < 1:
         raise SteelError(f"{max_new_tokens} new tokens are none", "--max-new-tokens", "ask for at least 1")
+    require_text(prompt, "--prompt")
     loaded = open_writer(model_dir, trust_code)
     encode, decode = _coder(loaded, Path(model_dir))
     prompt_ids = encode(prompt) or [_document_start(loaded.model.generation_config, model_dir)]
@@ -42,6 +43,14 @@ def generate(
             ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=max_new_tokens, **sampling(loaded, greedy)
         )[0].tolist()
     return prompt + _continuation(decode(prompt_ids), decode(written))
+
+
+def require_text(text: str, where: str) -> None:
+    """Raises SteelError for bytes that were not UTF-8, which Python reads as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SteelError("the text is not UTF-8", where, "convert it, with iconv for one") from None
 
 
 def open_writer(model_dir: str, trust_code: bool) -> Loaded:

@@ -73,6 +73,18 @@ def load_tokenizer(model_dir: str, trust_code: bool = False) -> Any:
         return _tokenizer(folder, config, trust_code)
 
 
+def template_tokenizer(tokenizer_dir: str) -> Any:
+    """The tokenizer of a folder that need not hold a model, for its chat template alone. None: it has only a .model."""
+    folder = Path(tokenizer_dir)
+    config: Any = None
+    with _named(folder):
+        if (folder / "config.json").is_file() and is_own_code(folder, _config_json(folder)):
+            from megatron_steel.model.configuration_steel import SteelConfig
+
+            config = SteelConfig.from_pretrained(folder, local_files_only=True)
+        return _tokenizer(folder, config, trust_code=False)
+
+
 @contextlib.contextmanager
 def _named(folder: Path) -> Iterator[None]:
     try:

@@ -51,7 +51,7 @@ def mix(keys: Sequence["np.ndarray"], places: Sequence["np.ndarray"], wanted: Se
         keys: of each set [rows] uint64; equal keys are equal rows. places: of each set [rows] uint64.
         wanted: of each set. The rows of a smaller draw are all in a larger one.
 
-    Raises SteelError: fewer usable rows than wanted.
+    Raises SteelError: fewer usable rows than wanted, weights that leave a set without any.
     """
     import numpy as np
 
@@ -72,7 +72,12 @@ def _counts(usable: Sequence[int], wanted: Sequence[Wanted]) -> list[int]:
     if wanted[0].weight is not None:
         weights = [part.weight or 0.0 for part in wanted]
         scale = min(n / weight for n, weight in zip(usable, weights, strict=True))
-        return [int(scale * weight + 1e-6) for weight in weights]
+        shares = [int(scale * weight + 1e-6) for weight in weights]
+        for part, n, share in zip(wanted, usable, shares, strict=True):
+            if not share:
+                what = f"by these weights none of the {n:,} usable rows of {part.type} is drawn"
+                raise SteelError(what, f"source {part.type}", "give it a larger weight, or leave it out")
+        return shares
     counts = []
     for n, part in zip(usable, wanted, strict=True):
         if part.rows is not None and part.rows > n:

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_steel.data.chatml import Turns, harmless
 from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError
+from megatron_steel.post.load import template_tokenizer
 
 
 class Template:
@@ -22,13 +23,11 @@ class Template:
     """
 
     def __init__(self, path: str):
-        from transformers import AutoTokenizer
-
         if not Path(path).is_dir():
             raise SteelError("there is no such tokenizer folder", path, "name the exported model's folder")
         self._tokenizer = load_tokenizer(path)
-        self._hf: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if not self._hf.chat_template:
+        self._hf: Any = template_tokenizer(path)
+        if self._hf is None or not self._hf.chat_template:
             raise SteelError("the tokenizer has no chat template", path,
                              "name the exported model's folder: its template is the one that training uses")  # fmt: skip
         added = self._hf.added_tokens_decoder.values()

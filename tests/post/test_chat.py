@@ -1,12 +1,15 @@
 """A piped chat prints what it remembers, and each reply is the one that the whole conversation so far leads to."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from toy_models import CHATML, write_letters
 
 from megatron_steel import cli
-from megatron_steel.errors import EXIT_BAD_INPUT, SteelError
+from megatron_steel.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, SteelError
 from megatron_steel.post.chat import chat
 from megatron_steel.post.chat_protocol import written
 from megatron_steel.post.load import load
@@ -54,6 +57,42 @@ def test_a_long_conversation_forgets_its_first_turns_and_says_so(talker, monkeyp
     _say(monkeypatch, "x" * 1100 + "\n")
     assert cli.main(["generate", str(talker), "--chat", "--max-new-tokens", "3"]) == EXIT_BAD_INPUT
     assert "longer than the 1024 tokens that the model reaches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_input_that_is_not_utf8_is_named(talker, monkeypatch, capsys, errors):
+    given = io.TextIOWrapper(io.BytesIO("hello\n北京\n".encode("gbk")), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", given)
+    assert cli.main(["generate", str(talker), "--chat", "--max-new-tokens", "3"]) == EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert "the text is not UTF-8" in said
+    assert "stdin" in said
+    assert cli.main(["generate", str(talker), "--prompt", "\udcb1\udcb1", "--max-new-tokens", "3"]) == EXIT_BAD_INPUT
+    assert "the text is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("action", "reader", "code"),
+    [
+        ("print('x' * 100_000)", False, 141),
+        ("print('x')", False, 141),  # met when the buffer is flushed
+        ("print('x')", True, 0),
+        ("os.write(broken, b'x')", True, EXIT_INTERNAL),  # another process died
+    ],
+)
+def test_a_reader_that_leaves_early_is_no_bug(action, reader, code):
+    program = (
+        "import os, sys\nfrom megatron_steel import dist\nend, broken = os.pipe()\nos.close(end)\n"
+        f"dist.set_up_logging()\nsys.exit(dist.exit_code(lambda: {action}))"
+    )
+    end, stdout = os.pipe()
+    if not reader:
+        os.close(end)
+    done = subprocess.run([sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, text=True)
+    os.close(stdout)
+    assert done.returncode == code
+    assert ("BrokenPipeError" in done.stderr) == (code == EXIT_INTERNAL)
+    assert done.stderr == "" or code == EXIT_INTERNAL
 
 
 @pytest.mark.parametrize(

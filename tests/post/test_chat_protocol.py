@@ -82,6 +82,10 @@ def test_the_three_prompts_are_steel_llms():
     options = "A. 北京\nB. 上海\nC. 广州\nD. 深圳\n"
     assert user_turn("ceval-valid", asked) == f"以下是一道单选题:\n中国的首都是( )\n\n{options}请给出答案。\n"
     assert user_turn("cmmlu", asked) == f"以下是一道单选题:\n中国的首都是。\n\n{options}请给出答案。\n"
+    blanks = Question("x", 0, "____。", ("____。", "____", "广州", "深圳"), "A")
+    shown = "A. ____。\nB. ____\nC. 广州\nD. 深圳\n"
+    assert user_turn("ceval-valid", blanks) == f"以下是一道单选题:\n( )\n\n{shown}请给出答案。\n"
+    assert user_turn("cmmlu", blanks) == f"以下是一道单选题:\n。\n\n{shown}请给出答案。\n"
     assert user_turn("mmlu", asked) == (
         "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D as the "
         f"answer to this question.\n\n中国的首都是____。\n{options}"

@@ -29,7 +29,7 @@ def test_an_exam_question_with_an_explanation():
     assert (example.answer, example.options) == ("B", ("空气", "蒸馏水", "海水", "石灰石"))
 
 
-@pytest.mark.parametrize("detail", ["", "略", "略。", "解析：略", None, "水是纯净物"])
+@pytest.mark.parametrize("detail", ["", "略", "略。", "解析：略", "见答案", "略（见答案）", None, "水是纯净物"])
 def test_an_exam_question_without_an_explanation(detail):
     said = "B。水是纯净物" if detail == "水是纯净物" else "B"
     assert _pair(wanjuan_exam(EXAM | {"answer_detail": detail})) == (f"以下是一道单选题:\n{LINES}请给出答案。\n", said)
@@ -38,7 +38,7 @@ def test_an_exam_question_without_an_explanation(detail):
 @pytest.mark.parametrize(
     ("ending", "kept"),
     [
-        ("故选B。", ""), ("故选：B．", ""), ("故答案为：B", ""), ("因此，本题应选择（B）。", ""), ("故选B，蒸馏水。", ""),
+        ("故选B。", ""), ("故选：B．", ""), ("故答案为：B", ""), ("因此，本题应选择（B）。", ""), ("综上所述，答案为B，故选B。", ""), ("综上，选B。", ""), ("故选B，蒸馏水。", ""),
         ("故不选A。", "故不选A。"), ("故为A类物质。", "故为A类物质。"), ("故选项A错误。", "故选项A错误。"), ("故选B；A是混合物。", "故选B；A是混合物。"),
     ],
 )  # fmt: skip
@@ -91,7 +91,9 @@ def test_options_that_bring_their_letters_and_options_inside_the_question():
     [
         ({"std_ans": ""}, "no answer"),
         ({"std_ans": None}, "no answer"),
-        ({"std_ans": "略"}, "no answer"),
+        *(({"std_ans": answer}, "no answer") for answer in ("略", "见解析", "略(见答案)", "略，详见解析。", "（略）")),
+        ({"answer_detail": "综上所述，答案为A，故选B。"}, "explanation and answer differ"),
+        ({"answer_detail": "综上所述，答案为B，故选A。"}, "explanation and answer differ"),
         ({"q_main": " "}, "empty question"),
         ({"std_ans": "E"}, "answer is none of the options"),
         ({"std_ans": "蒸馏水"}, "answer is not a letter"),

@@ -48,6 +48,11 @@ def test_more_rows_than_there_are():
         mix(_keys(40), _keys(40), [Want(rows=41)])
 
 
+def test_weights_that_leave_a_set_without_a_row():
+    with pytest.raises(SteelError, match="none of the 40 usable rows of small is drawn"):
+        mix(_keys(100, 40), _keys(100, 40), [Want(weight=1000), Want(weight=1, type="small")])
+
+
 def test_equal_rows_count_once_and_for_the_first_set():
     first, second = np.array([5, 9, 5], np.uint64), np.array([9, 1], np.uint64)
     mixture = mix([first, second], [first, second], [Want(), Want()])

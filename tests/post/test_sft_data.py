@@ -331,6 +331,8 @@ BAD_ROWS = {
     "unknown role": ("messages", [TOOL], r"none of 1 rows can be used \(unknown role: 1, first a.jsonl, row 1\)"),
     "empty answers": ("alpaca", [{"instruction": "q", "output": ""}], r"none of 1 rows can be used \(empty answer: 1"),
     "another set": ("wanjuan-exam", _qa(3), "3 of 3 rows are not of the form of wanjuan-exam: no key 'q_main'"),
+    "nothing to see": ("alpaca", [{"instruction": "q", "output": "\u200b\ufeff \n"}], r"\(empty answer: 1"),
+    "nothing asked": ("alpaca", [{"instruction": "\u200b", "output": "a"}], r"\(empty question: 1"),
     "half a character": (
         "alpaca",
         [{"instruction": "q", "output": "\ud800"}],
