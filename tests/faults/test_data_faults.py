@@ -108,8 +108,8 @@ def test_other_content_of_the_same_size_is_refused_at_resume(pretrain, prefix, t
     right = Path(f"{prefix}.bin").read_bytes()
     patch(f"{prefix}.bin", 2000, b"\x05\x00")
     said = pretrain(78, f"data.train={prefix}")
-    assert "the content of d has changed since the checkpoint" in said
-    assert str(prefix) in said
+    assert f"the content of {prefix} has changed since the checkpoint" in said
+    assert f"{prefix}.bin, {prefix}.idx" in said
     Path(f"{prefix}.bin").write_bytes(right)
     assert "going on from" in pretrain(0, f"data.train={prefix}", "train.steps=4", "schedule.name=constant")
 
