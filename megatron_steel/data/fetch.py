@@ -9,7 +9,6 @@ Must not know how a hub works (`data.hub`) or what a row looks like.
 """
 
 import fnmatch
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.data import hub
+from megatron_steel.data.reserve import sha256
 from megatron_steel.errors import SteelError
 
 log = logging.getLogger("megatron_steel")
@@ -138,9 +138,7 @@ class _Manifest:
         entry, path = self._files.get(file.name), self._folder / file.name
         if entry is None or entry["bytes"] != file.bytes or not path.is_file():
             return False
-        return path.stat().st_size == file.bytes and _sha256(path) == entry["sha256"] == (
-            file.sha256 or entry["sha256"]
-        )
+        return path.stat().st_size == file.bytes and sha256(path) == entry["sha256"] == (file.sha256 or entry["sha256"])
 
     def enter(self, file: hub.Remote, sha256: str) -> None:
         self._files[file.name] = asdict(file) | {"sha256": sha256}
@@ -157,10 +155,10 @@ def _one(client: hub.Hub, repository: str, revision: str, file: hub.Remote, fold
         raise SteelError(f"the hub names a file outside of the folder: {file.name}", folder, "do not trust that hub")
     target.parent.mkdir(parents=True, exist_ok=True)
     whole = target.is_file() and target.stat().st_size == file.bytes  # whole, and killed before it was entered
-    if not (whole and file.sha256 and _sha256(target) == file.sha256):
+    if not (whole and file.sha256 and sha256(target) == file.sha256):
         target.unlink(missing_ok=True)
         client.download(repository, revision, file, target)
-    found, size = _sha256(target), target.stat().st_size
+    found, size = sha256(target), target.stat().st_size
     if size != file.bytes or found != (file.sha256 or found):
         target.unlink()
         what = f"{file.name} has {size} bytes and hash {found[:12]}, the hub says {file.bytes} and {file.sha256 or '?'}"
@@ -231,11 +229,3 @@ def _size(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count / 1000:.1f} kB"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

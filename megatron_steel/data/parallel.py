@@ -24,6 +24,11 @@ class WorkerDied(SteelError):  # noqa: N818  (it says what happened)
     """A worker process ended without an answer; what others finished is good."""
 
 
+def cpus() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_order(
     work: Callable[[Any, Any], T], items: Iterable[Any], workers: int, prepare: Callable[[Any], Any], argument: Any
 ) -> Generator[T, None, None]:

@@ -10,7 +10,6 @@ all rows, and that is checked. Must not know the corpora's forms, templates or b
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -25,7 +24,7 @@ from megatron_steel.data import parallel, readers
 from megatron_steel.data.decontaminate import Matcher
 from megatron_steel.data.indexed import PathLike
 from megatron_steel.data.lines import EXAMPLES, Counts, Maker, Settings, make
-from megatron_steel.data.reserve import reserved
+from megatron_steel.data.reserve import reserved, sha256
 from megatron_steel.errors import SteelError
 
 log = logging.getLogger("megatron_steel")
@@ -84,7 +83,7 @@ def prepare(
                 units = [unit for path in inputs for unit in readers.units(path, _UNIT_BYTES)]
                 whole = folder / "output"
                 with open(whole, "wb") as file:
-                    _join(units, maker, settings, workers or _cpus(), file, report)
+                    _join(units, maker, settings, workers or parallel.cpus(), file, report)
                 tree = report.finish(settings, maker, inputs, whole)
                 _publish(whole, output, tree)
             finally:
@@ -143,14 +142,10 @@ def _items(
 def _check_arguments(
     inputs: Sequence[PathLike], output: Path, malformed: float, reject: float, workers: int | None
 ) -> None:
-    if not inputs:
-        raise SteelError("there is no input", output, "name at least one file")
-    real = [os.path.realpath(path) for path in inputs]
-    if twice := [os.fspath(path) for path, name in zip(inputs, real, strict=True) if real.count(name) > 1]:
-        raise SteelError("an input file is given twice", ", ".join(twice), "name every file once")
+    readers.check_inputs(inputs, output)
     if output.suffix != ".jsonl" or output.is_dir():
         raise SteelError("the output is one .jsonl file", output, "give FOLDER/NAME.jsonl")
-    if os.path.realpath(output) in real:
+    if os.path.realpath(output) in map(os.path.realpath, inputs):
         raise SteelError("the output is also an input", output, "choose another output")
     if workers is not None and workers < 1:
         raise SteelError(f"{workers} worker processes can do nothing", output, "give 1 or more")
@@ -203,7 +198,7 @@ class _Report:
             {"name": name, "bytes": os.path.getsize(path), **_plain(self._files.get(path, Counts()))}
             for path, name in readers.names(inputs).items()
         ]
-        head = {"source": settings.source, **maker.facts(), "bytes": whole.stat().st_size, "sha256": _sha256(whole)}
+        head = {"source": settings.source, **maker.facts(), "bytes": whole.stat().st_size, "sha256": sha256(whole)}
         return head | _plain(total) | self._benchmarks(maker) | {"files": files}
 
     def _benchmarks(self, maker: Maker) -> dict[str, Any]:
@@ -238,15 +233,3 @@ def _publish(whole: Path, output: Path, report: dict[str, Any]) -> None:
     target.unlink(missing_ok=True)
     os.replace(whole, output)
     os.replace(aside, target)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -70,6 +70,15 @@ Made = Callable[[int, Any], R]  # number and parsed value to a row
 Bad = Callable[..., R]  # number, None and perhaps a problem to a row
 
 
+def check_inputs(inputs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> None:
+    """Raises SteelError where there is none, or one is given twice."""
+    if not inputs:
+        raise SteelError("there is no input", output, "name at least one file")
+    real = [os.path.realpath(path) for path in inputs]
+    if twice := [os.fspath(path) for path, name in zip(inputs, real, strict=True) if real.count(name) > 1]:
+        raise SteelError("an input file is given twice", ", ".join(twice), "name every file once")
+
+
 def names(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
     """How to call each input file without saying where it lies, by `str(Path(path))`: its own name, or, where two share
     one, what follows the folder that all have in common."""

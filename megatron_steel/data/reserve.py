@@ -5,6 +5,7 @@ Knows nothing of formats.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,15 @@ def published(file: str | os.PathLike[str]) -> Iterator[str]:
         raise SteelError(f"cannot write: {error.strerror or error}", file, "mend it, or name another file") from None
     finally:
         Path(aside).unlink(missing_ok=True)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def locked(path: Path) -> IO[bytes]:

@@ -50,14 +50,15 @@ class Source:
     code: bool = False
 
 
-def _text(row: Fields, key: str) -> str:
+def string(row: Fields, key: str) -> str:
     """A string of the row, null as an empty one. Raises Broken where the key is missing or holds something else."""
     if key not in row:
         raise Broken(f"no key {key!r} (it has: {', '.join(map(str, list(row)[:8])) or 'none'})")
-    return _optional(row, key)
+    return optional(row, key)
 
 
-def _optional(row: Fields, key: str) -> str:
+def optional(row: Fields, key: str) -> str:
+    """The same, a missing key as an empty string."""
     value = row.get(key)
     if value is None:
         return ""
@@ -85,7 +86,7 @@ def _inner(row: Fields, key: str) -> Fields:
 
 
 def _plain(key: str, code: bool = False) -> Callable[[Fields], Document]:
-    return lambda row: Document(_text(row, key), code=code)
+    return lambda row: Document(string(row, key), code=code)
 
 
 def _pair(question: str, answer: str) -> Conversation:
@@ -95,12 +96,12 @@ def _pair(question: str, answer: str) -> Conversation:
 def _wanjuan(row: Fields) -> Document:
     """`content`; an exam row has q_main, option_a to option_e, std_ans and answer_detail instead."""
     if "q_main" not in row:
-        return Document(_text(row, "content"))
-    if not (question := _text(row, "q_main").strip()):
+        return Document(string(row, "content"))
+    if not (question := string(row, "q_main").strip()):
         raise Rejected("empty")
     lines = [question]
-    lines += [f"{key.upper()}. {option}" for key in "abcde" if (option := _optional(row, f"option_{key}").strip())]
-    answer, detail = (_optional(row, key).strip() for key in ("std_ans", "answer_detail"))
+    lines += [f"{key.upper()}. {option}" for key in "abcde" if (option := optional(row, f"option_{key}").strip())]
+    answer, detail = (optional(row, key).strip() for key in ("std_ans", "answer_detail"))
     detail = "" if detail == "略" else detail
     if not answer and not detail:
         raise Rejected("no answer")
@@ -109,11 +110,11 @@ def _wanjuan(row: Fields) -> Document:
 
 
 def _baike(row: Fields) -> Document:
-    title, summary = _text(row, "title").strip(), _text(row, "summary").strip()
+    title, summary = string(row, "title").strip(), string(row, "summary").strip()
     sections = _objects(row, "sections") if row.get("sections") is not None else []
     lines = [f"{title}：{summary}" if summary else title]
     for section in sections:
-        name, content = _optional(section, "title").strip(), _optional(section, "content").strip("\r\n")
+        name, content = optional(section, "title").strip(), optional(section, "content").strip("\r\n")
         if content.strip():
             lines.append(f"{name}：{content}" if name else content)
     if not title or (not summary and len(lines) == 1):
@@ -123,10 +124,10 @@ def _baike(row: Fields) -> Document:
 
 def _baidu_qa(row: Fields) -> Conversation:
     """The title is often the description's beginning, cut; then the description alone is the question."""
-    title, more = _text(row, "title").strip(), _optional(row, "desc").strip()
+    title, more = string(row, "title").strip(), optional(row, "desc").strip()
     if more in title:  # an empty one, too
-        return _pair(title, _text(row, "answer"))
-    return _pair(more if title in more else f"{title}\n{more}", _text(row, "answer"))
+        return _pair(title, string(row, "answer"))
+    return _pair(more if title in more else f"{title}\n{more}", string(row, "answer"))
 
 
 def upvotes(text: str) -> int | None:
@@ -142,7 +143,7 @@ def upvotes(text: str) -> int | None:
 
 def _zhihu(min_upvotes: int) -> Callable[[Fields], Conversation]:
     def read(row: Fields) -> Conversation:
-        question, answer, about = (_text(row, key) for key in ("INSTRUCTION", "RESPONSE", "METADATA"))
+        question, answer, about = (string(row, key) for key in ("INSTRUCTION", "RESPONSE", "METADATA"))
         try:
             known = json.loads(about)
             votes = known["upvotes"] if isinstance(known["upvotes"], int) else upvotes(known["upvotes"])
@@ -158,18 +159,18 @@ def _zhihu(min_upvotes: int) -> Callable[[Fields], Conversation]:
 
 
 def _with_input(row: Fields) -> str:
-    question, more = _text(row, "instruction"), _optional(row, "input")
+    question, more = string(row, "instruction"), optional(row, "input")
     return f"{question}\n{more}" if more.strip() else question
 
 
 def _alpaca(row: Fields) -> Conversation:
     """instruction, input, output; perhaps system and history, a list of [question, answer]."""
-    turns = [("system", system)] if (system := _optional(row, "system")) else []
+    turns = [("system", system)] if (system := optional(row, "system")) else []
     for pair in row.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise Broken("'history' is not a list of [question, answer]")
         turns += [("user", pair[0]), ("assistant", pair[1])]
-    return Conversation([*turns, ("user", _with_input(row)), ("assistant", _text(row, "output"))])
+    return Conversation([*turns, ("user", _with_input(row)), ("assistant", string(row, "output"))])
 
 
 _ROLES = {"human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -181,10 +182,10 @@ def _turns(list_key: str, role_key: str, content_key: str) -> Callable[[Fields],
     def read(row: Fields) -> Conversation:
         turns = []
         for turn in _objects(row, list_key):
-            if (role := _ROLES.get(_text(turn, role_key))) is None:
+            if (role := _ROLES.get(string(turn, role_key))) is None:
                 raise Rejected("unknown role")
-            turns.append((role, _text(turn, content_key)))
-        if (system := _optional(row, "system")) and (not turns or turns[0][0] != "system"):
+            turns.append((role, string(turn, content_key)))
+        if (system := optional(row, "system")) and (not turns or turns[0][0] != "system"):
             turns.insert(0, ("system", system))
         spoken = [role for role, _ in turns[1 if turns and turns[0][0] == "system" else 0 :]]
         if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
@@ -202,7 +203,7 @@ def _moss(row: Fields) -> Conversation:
     turns = []
     for pair in _objects(row, "conversation"):
         for key, role in (("human", "user"), ("assistant", "assistant")):
-            text = _text(pair, key)
+            text = string(pair, key)
             begin = _MOSS_BEFORE.match(text)
             turns.append((role, _MOSS_BEHIND.sub("", text[begin.end() if begin else 0 :])))
     if not turns:
@@ -215,7 +216,7 @@ _STARCODER_HEAD = re.compile(r"(?:<(?:reponame|filename|gh_stars)>[^\n<]*)+\n")
 
 def _starcoder(row: Fields) -> Document:
     """Without the line of StarCoder's own control strings that stands before many files (columns hold the same)."""
-    text = _text(row, "content")
+    text = string(row, "content")
     head = _STARCODER_HEAD.match(text)
     return Document(text[head.end() if head else 0 :], code=True)
 
@@ -225,11 +226,11 @@ def _mnbvc(row: Fields) -> Document | Conversation:
     if "段落" in row:
         return _paragraphs(_objects(row, "段落"))
     if "问" in row:
-        return _pair(_text(row, "问"), _text(row, "答"))
+        return _pair(string(row, "问"), string(row, "答"))
     if "回复" in row:
-        replies = [_text(reply, "回复") for reply in _objects(row, "回复")]
-        return Document("\n".join(filter(str.strip, [_text(row, "主题"), *replies])), whole=False)
-    text = _text(row, "text")
+        replies = [string(reply, "回复") for reply in _objects(row, "回复")]
+        return Document("\n".join(filter(str.strip, [string(row, "主题"), *replies])), whole=False)
+    text = string(row, "text")
     if "仓库名" in row:
         return Document(text, code=True)
     if text.startswith("[{") and "内容" in text:  # the old form of some subsets: the paragraphs as a JSON string
@@ -241,24 +242,24 @@ def _mnbvc(row: Fields) -> Document | Conversation:
 
 
 def _paragraphs(paragraphs: list[Fields]) -> Document:
-    return Document("\n".join(_text(paragraph, "内容") for paragraph in paragraphs), whole=False)
+    return Document("\n".join(string(paragraph, "内容") for paragraph in paragraphs), whole=False)
 
 
 def _redpajama(row: Fields) -> Document:
     """Of the first version text, meta and red_pajama_subset; of the second raw_content."""
     if "text" not in row and "raw_content" in row:
-        return Document(_text(row, "raw_content"))
+        return Document(string(row, "raw_content"))
     code = row.get("red_pajama_subset") == "github" or _inner(row, "meta").get("source") == "github"
-    return Document(_text(row, "text"), code=code)
+    return Document(string(row, "text"), code=code)
 
 
 def _with_set(meta_key: str, code_set: str) -> Callable[[Fields], Document]:
-    return lambda row: Document(_text(row, "text"), code=_inner(row, "meta").get(meta_key) == code_set)
+    return lambda row: Document(string(row, "text"), code=_inner(row, "meta").get(meta_key) == code_set)
 
 
 def _dolma(row: Fields) -> Document:
     name = str(row.get("source") or "").lower()
-    return Document(_text(row, "text"), code=any(part in name for part in ("stack-dedup", "the-stack", "starcoder")))
+    return Document(string(row, "text"), code=any(part in name for part in ("stack-dedup", "the-stack", "starcoder")))
 
 
 def source(name: str, min_upvotes: int = 100) -> Source | None:
@@ -279,10 +280,10 @@ def _table(min_upvotes: int) -> dict[str, Source]:
         "baidu-baike": Source(_baike, "url"),
         "baidu-qa": Source(_baidu_qa, "qid"),
         "zhihu-kol": Source(_zhihu(min_upvotes)),
-        "belle-2m": Source(lambda row: _pair(_with_input(row), _text(row, "output"))),
+        "belle-2m": Source(lambda row: _pair(_with_input(row), string(row, "output"))),
         "belle-3.5m": Source(_turns("conversations", "from", "value")),
         "moss": Source(_moss, "conversation_id"),
-        "firefly": Source(lambda row: _pair(_text(row, "input"), _text(row, "target"))),
+        "firefly": Source(lambda row: _pair(string(row, "input"), string(row, "target"))),
         "starcoder": Source(_starcoder, code=True),
         "mnbvc": Source(_mnbvc),
         "redpajama": Source(_redpajama, "doc_id"),

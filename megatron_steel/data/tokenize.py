@@ -90,7 +90,7 @@ def tokenize(
                 stack.enter_context(reserved(target))
             _open_folder(job, units, [tokenizer.fingerprint, encoder.choice.name])
             try:
-                made = _make_parts(job, bundles, workers or _cpus(), encoder, max_malformed_ratio)
+                made = _make_parts(job, bundles, workers or parallel.cpus(), encoder, max_malformed_ratio)
                 result = _publish(job, units, made, tokenizer, output_prefix, seed if shuffle else None)
             except (parallel.WorkerDied, Busy):  # the finished parts stay for the next try
                 raise
@@ -106,11 +106,7 @@ def tokenize(
 def _check_arguments(
     inputs: Sequence[PathLike], output: PathLike, validation_ratio: float, max_malformed_ratio: float
 ) -> None:
-    if not inputs:
-        raise SteelError("there is no input", output, "name at least one file")
-    real = [os.path.realpath(path) for path in inputs]
-    if twice := [os.fspath(path) for path, name in zip(inputs, real, strict=True) if real.count(name) > 1]:
-        raise SteelError("an input file is given twice", ", ".join(twice), "name every file once")
+    readers.check_inputs(inputs, output)
     if not 0 <= validation_ratio < 1:
         raise SteelError(f"a validation ratio of {validation_ratio} is not in [0, 1)", output, "0.01 is usual")
     if not 0 <= max_malformed_ratio <= 1:
@@ -335,7 +331,3 @@ class _Progress:
         speed = self._documents / seconds, self._done / seconds / 1e6
         log.info("tokenizing: %.0f%%, %.0f documents/s, %.2f MB/s, about %.0f s left",
                  100 * self._done / max(1, self._size), *speed, left)  # fmt: skip
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,14 +7,14 @@ a row whose key fits none of its options is rejected, never filled up. Must not 
 """
 
 import re
-import string
 import unicodedata
 from collections.abc import Sequence
+from string import ascii_uppercase
 
-from megatron_steel.data.sources import Broken, Rejected
-from megatron_steel.post.examples import Example, Fields, asked, optional, text
+from megatron_steel.data.sources import Broken, Rejected, optional, string
+from megatron_steel.post.examples import Example, Fields, asked
 
-_LETTERS = string.ascii_uppercase[:10]
+_LETTERS = ascii_uppercase[:10]
 _ELSEWHERE = r"(?:请?详?见(?:解析|答案|解答|详解|分析))"
 _NOTHING = re.compile(
     rf"[(（【\[]?\s*(?:解析|答案|解答)?\s*[:：]?\s*(?:略|无|暂无|null|None)?\s*[,，]?\s*[(（]?{_ELSEWHERE}?[)）]?\s*[)）】\]]?[.。]?"
@@ -46,9 +46,9 @@ def english_choice(row: Fields) -> Example:
     """OpenBookQA and ARC, as parquet (question_stem or question, choices{text, label}) or as the authors' JSON lines."""
     inner = row.get("question")
     if isinstance(inner, dict):  # the authors' files: {"question": {"stem", "choices": [{"text", "label"}]}}
-        question, choices = text(inner, "stem"), inner.get("choices")
+        question, choices = string(inner, "stem"), inner.get("choices")
     else:
-        question, choices = text(row, "question_stem" if "question_stem" in row else "question"), row.get("choices")
+        question, choices = string(row, "question_stem" if "question_stem" in row else "question"), row.get("choices")
     if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
         choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
     if not isinstance(choices, dict):
@@ -56,13 +56,13 @@ def english_choice(row: Fields) -> Example:
     texts, labels = (_strings(choices.get(key), f"choices.{key}") for key in ("text", "label"))
     if len(texts) != len(labels):
         raise Broken(f"{len(texts)} choices with {len(labels)} labels")
-    return _english(question, texts, _place(text(row, "answerKey"), labels))
+    return _english(question, texts, _place(string(row, "answerKey"), labels))
 
 
 def logiqa(row: Fields) -> Example:
     """LogiQA: text or context, question or query, options, and the key as answer, correct_option or label."""
-    passage = text(row, "text" if "text" in row else "context")
-    question = text(row, "question" if "question" in row else "query")
+    passage = string(row, "text" if "text" in row else "context")
+    question = string(row, "question" if "question" in row else "query")
     options = _strings(row.get("options"), "options")
     key = next((row[name] for name in ("answer", "correct_option", "label") if row.get(name) is not None), None)
     if isinstance(key, bool) or not isinstance(key, (int, str)):
@@ -108,7 +108,7 @@ def _check_options(options: Sequence[str]) -> None:
 
 
 def _exam(row: Fields, explained: bool | None) -> Example:
-    question, answer = text(row, "q_main").strip(), text(row, "std_ans").strip()
+    question, answer = string(row, "q_main").strip(), string(row, "std_ans").strip()
     detail, kind = optional(row, "answer_detail").strip(), optional(row, "q_type").strip()
     options = _exam_options(row)
     if not question:

@@ -57,23 +57,6 @@ def from_turns(turns: list[Turn]) -> Example:
     return Example(tuple(turns[:-1]), (turns[-1][1],))
 
 
-def text(row: Fields, key: str) -> str:
-    """A string of the row, null as an empty one. Raises Broken where the key is missing or holds something else."""
-    if key not in row:
-        raise Broken(f"no key {key!r} (it has: {', '.join(map(str, list(row)[:8])) or 'none'})")
-    return optional(row, key)
-
-
-def optional(row: Fields, key: str) -> str:
-    """The same, a missing key as an empty string."""
-    value = row.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise Broken(f"{key!r} holds a {type(value).__name__}, not a string")
-    return value
-
-
 def check(example: Example) -> None:
     """Raise Rejected for a turn without a visible character, or two replies that are one; Broken for half a character."""
     try:

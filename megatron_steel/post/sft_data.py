@@ -58,7 +58,7 @@ def sft_data(spec: str, output: str, force_test_splits: bool = False, workers: i
     ]
     with _publishing(target) as aside:
         with open(aside / "spool", "wb") as spool:
-            outcomes = _read(read, maker, files, workers or _cpus(), aside / "parts", spool)
+            outcomes = _read(read, maker, files, workers or parallel.cpus(), aside / "parts", spool)
         for part, source, total in zip(read.sources, maker.sources, outcomes, strict=True):
             sft_report.judge(read, part, source, total)
         mixture = _mixture(read, outcomes)
@@ -174,7 +174,3 @@ def _publishing(target: Path) -> Iterator[Path]:
                 shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:  # a full disk, say
         raise SteelError(f"cannot write: {error.strerror or error}", target, "mend it and repeat") from error
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 
 from megatron_steel.data import sources
-from megatron_steel.data.sources import Broken, Conversation, Rejected
+from megatron_steel.data.sources import Broken, Conversation, Rejected, optional, string
 from megatron_steel.post import choices
-from megatron_steel.post.examples import Example, Fields, Read, Turn, asked, from_turns, optional, text
+from megatron_steel.post.examples import Example, Fields, Read, Turn, asked, from_turns
 from megatron_steel.post.extract import plain_number
 
 _GSM8K = 'Let\'s think step by step and output the final answer after "####".'
@@ -59,7 +59,7 @@ def table(kind: str, name: str = "", author: str = "") -> dict[str, Source]:
         "self-cognition": Source(_self_cognition(name, author), placeholder=True),
         "code-feedback": Source(_conversation("messages")),
         "openhermes": Source(_openhermes),
-        "webinstructsub": Source(lambda row: asked(text(row, "question"), text(row, "answer"))),
+        "webinstructsub": Source(lambda row: asked(string(row, "question"), string(row, "answer"))),
         **english,
         "messages": Source(_conversation("messages")),
         "alpaca": Source(_conversation("alpaca")),
@@ -115,7 +115,7 @@ def _self_cognition(name: str, author: str) -> Read:
 
     def read(row: Fields) -> Example:
         if "query" in row:
-            row = {"instruction": text(row, "query"), "output": text(row, "response")}
+            row = {"instruction": string(row, "query"), "output": string(row, "response")}
         example = _conversation("alpaca")(row)
         filled = [(role, _PLACEHOLDER.sub(fill, content)) for role, content in example.turns()]
         if any("{{" in content for _, content in filled):
@@ -126,7 +126,7 @@ def _self_cognition(name: str, author: str) -> Read:
 
 
 def _gsm8k(row: Fields) -> Example:
-    question, worked = text(row, "question").strip(), text(row, "answer")
+    question, worked = string(row, "question").strip(), string(row, "answer")
     _, marker, answer = worked.rpartition("####")
     if not marker or not answer.strip():
         raise Rejected("no answer")
@@ -136,7 +136,7 @@ def _gsm8k(row: Fields) -> Example:
 
 
 def _instruction_pair(row: Fields) -> Example:
-    return asked(text(row, "instruction"), text(row, "chosen_response"), text(row, "rejected_response"))
+    return asked(string(row, "instruction"), string(row, "chosen_response"), string(row, "rejected_response"))
 
 
 def _pair(row: Fields) -> Example:
@@ -158,7 +158,7 @@ def _pair(row: Fields) -> Example:
 def _branch(row: Fields, key: str, before: list[Turn]) -> list[Turn]:
     """All turns up to a reply."""
     if isinstance(row.get(key), str):
-        return [*before, ("assistant", text(row, key))]
+        return [*before, ("assistant", string(row, key))]
     turns = _messages(row, key)
     if not turns or turns[-1][0] != "assistant":
         raise Rejected("role order")
@@ -169,7 +169,7 @@ def _messages(row: Fields, key: str) -> list[Turn]:
     value = row.get(key)
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise Broken(f"{key!r} is neither a text nor a list of messages")
-    turns = [(text(turn, "role"), text(turn, "content")) for turn in value]
+    turns = [(string(turn, "role"), string(turn, "content")) for turn in value]
     if not {role for role, _ in turns} <= {"system", "user", "assistant"}:
         raise Rejected("unknown role")
     return turns
