@@ -167,3 +167,9 @@ def metrics():
         return rows
 
     return read
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """`tokenize` cuts even small files into many parts."""
+    monkeypatch.setattr("megatron_steel.data.tokenize._LEAST_UNIT_BYTES", 10_000)

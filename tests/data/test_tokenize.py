@@ -1,66 +1,31 @@
-"""Files of every kind to the same documents; workers, kills and bad rows."""
+"""Files of every kind to the same documents; workers and bad rows."""
 
-import contextlib
 import gzip
 import json
-import os
 import re
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from processes import session, wait_for
+from corpora import content, documents, lines, many
 
 from megatron_steel import cli
-from megatron_steel.data import parts, readers, shuffle
+from megatron_steel.data import readers
 from megatron_steel.data import tokenize as room
-from megatron_steel.data.indexed import IndexedDataset, IndexedWriter
+from megatron_steel.data.indexed import IndexedDataset
 from megatron_steel.data.manifest import load, trust, verify
-from megatron_steel.data.merge import merge
-from megatron_steel.data.parallel import WorkerDied
-from megatron_steel.data.permutation import permute
-from megatron_steel.data.reserve import Busy
 from megatron_steel.data.tokenize import tokenize
-from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError
 
 EOS = 1
+
+
 TEXTS = ["w3 w4", "", "w5", "w6 w7 w8\nw9", "w100"]
+
+
 IDS = [[3, 4, EOS], [5, EOS], [6, 7, 8, 9, EOS], [100, EOS]]
-
-
-def lines(texts, key="text"):
-    return "".join(json.dumps({"id": i, key: text}, ensure_ascii=False) + "\n" for i, text in enumerate(texts)).encode()
-
-
-def documents(prefix):
-    data = IndexedDataset(prefix)
-    assert data.documents == data.sequences
-    return [data.document(i).tolist() for i in range(data.documents)]
-
-
-def content(prefix):
-    return [Path(f"{prefix}.{kind}").read_bytes() for kind in ("bin", "idx")]
-
-
-def many(path, count=3000):
-    """A jsonl file of several units; the i-th document is easy to know again."""
-    path.write_bytes(lines([f"w{3 + i % 120} " * (1 + i % 7) for i in range(count)]))
-    return path
-
-
-@pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr(room, "_LEAST_UNIT_BYTES", 10_000)
 
 
 def write_input(folder, kind):
@@ -219,103 +184,6 @@ def test_bad_files_are_named_and_leave_nothing(tmp_path, tiny_tokenizer, name):
     assert [p.name for p in tmp_path.iterdir()] == [file]
 
 
-@pytest.fixture
-def split(tmp_path, tiny_tokenizer):
-    """split(name, source): the job with a validation side, and bytes of another input's `out` and of `straight`, its own."""
-    old, new = many(tmp_path / "old.jsonl", 300), numbered(tmp_path / "new.jsonl", 300)
-
-    def run(name, source=new):
-        return tokenize([source], tiny_tokenizer, tmp_path / name, workers=1, validation_ratio=0.3)
-
-    run("out", old)
-    run("straight")
-    sides = {name: {s: content(tmp_path / f"{name}{s}") for s in ("", "-validation")} for name in ("out", "straight")}
-    return run, sides["out"], sides["straight"]
-
-
-def whole_sides(folder):
-    """The content of each side that `verify` calls whole."""
-    found = {}
-    for suffix in ("", "-validation"):
-        with contextlib.suppress(SteelError):
-            verify(folder / f"out{suffix}")
-            found[suffix] = content(folder / f"out{suffix}")
-    return found
-
-
-def complete(folder):
-    names = {f"out{s}.{kind}" for s in ("", "-validation") for kind in ("bin", "idx", "manifest.json")}
-    return {path.name for path in folder.glob("out*")} == names
-
-
-def test_both_sides_change_together_wherever_it_stops(tmp_path, split, monkeypatch):
-    """Before every step that touches the output: unlinks of 4 files, renames of 6."""
-    run, old, new = split
-    steps, seen, stop = 1000, [], KeyboardInterrupt
-    kept = shutil.copytree(tmp_path, tmp_path / "kept", ignore=shutil.ignore_patterns("*.jsonl", "kept"))
-    for function in ("unlink", "replace"):
-        whole = getattr(os, function)
-
-        def counts(path, *more, whole=whole, **keys):
-            nonlocal steps
-            target = str(more[0] if more else path)
-            if ".parts" not in target and "partial" not in target and not target.endswith(".lock"):
-                steps -= 1
-                if steps < 0:
-                    raise stop
-            return whole(path, *more, **keys)
-
-        monkeypatch.setattr(os, function, counts)
-    for at in range(10):
-        steps, stop = at, (KeyboardInterrupt, OSError(5, "Input/output error"))[at % 2]
-        with pytest.raises((KeyboardInterrupt, SteelError)):
-            run("out")
-        steps = 1000
-        seen.append(whole_sides(tmp_path))
-        run("out")
-        assert whole_sides(tmp_path) == new
-        assert complete(tmp_path)
-        shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
-    assert seen == [old, {"-validation": old["-validation"]}, *[{}] * 7, {"": new[""]}]
-
-
-def test_a_kill_between_the_renames(tmp_path, tiny_tokenizer, split):
-    run, _, new = split
-    script = (
-        "import os, sys; from pathlib import Path; from megatron_steel.data.tokenize import tokenize; whole = os.replace\n"
-        "def dies(a, b):\n"
-        "    if str(b).endswith('out-validation.idx'): os._exit(9)\n"
-        "    whole(a, b)\n"
-        "os.replace = dies\n"
-        "tokenize([sys.argv[1]], sys.argv[2], sys.argv[3], workers=1, validation_ratio=0.3)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "new.jsonl"), str(tiny_tokenizer), str(tmp_path / "out")]
-    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 9
-    assert whole_sides(tmp_path) == {}
-    run("out")
-    assert whole_sides(tmp_path) == new
-    assert complete(tmp_path)
-
-
-def test_an_error_before_the_renames_leaves_the_older_output(tmp_path, split, monkeypatch):
-    run, old, new = split
-    whole = room.manifest.write
-
-    def fails(prefix, *facts):
-        if str(prefix).endswith("validation"):
-            raise OSError(28, "No space left on device")
-        return whole(prefix, *facts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(room.manifest, "write", fails)
-        with pytest.raises(SteelError, match="cannot write: No space left"):
-            run("out")
-    assert whole_sides(tmp_path) == old
-    run("out")
-    assert whole_sides(tmp_path) == new
-    assert complete(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["out.idx", "out.manifest.json", "out-validation.bin"])
 def test_a_folder_where_a_file_of_the_output_goes(tmp_path, tiny_tokenizer, name):
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
@@ -395,227 +263,6 @@ def test_a_bad_file_fails_the_workers_too(tmp_path, tiny_tokenizer, small_units)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "z.jsonl.gz"]
 
 
-def test_finished_parts_are_used_again_and_only_for_the_same_job(tmp_path, tiny_tokenizer, small_units, monkeypatch):
-    source, made, whole = many(tmp_path / "a.jsonl"), [], parts.make
-    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1)
-
-    def stops(item, tokenizer):
-        if item[0] == 6:
-            raise KeyboardInterrupt
-        made.append(item[0])
-        return whole(item, tokenizer)
-
-    monkeypatch.setattr(parts, "make", stops)
-    with pytest.raises(KeyboardInterrupt):
-        tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
-    assert made == list(range(6))
-    assert not list(tmp_path.glob("out.[bim]*"))
-    os.truncate(tmp_path / "out.parts" / "000002-training.bin", 8)  # a damaged part is made again
-    made.clear()
-    monkeypatch.setattr(parts, "make", lambda item, tokenizer: made.append(item[0]) or whole(item, tokenizer))
-    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
-    assert made == [2, *range(6, len(room._bundles([source])))]
-    assert content(tmp_path / "out") == content(tmp_path / "straight")
-
-    (tmp_path / "out.parts").mkdir()
-    (tmp_path / "out.parts" / "job").write_text("another")
-    (tmp_path / "out.parts" / "000000.json").write_text("[]")
-    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
-    assert content(tmp_path / "out") == content(tmp_path / "straight")
-
-
-CHANGES = ("tokenizer", "ratio", "key", "file")
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_parts_of_another_job_are_not_used(tmp_path, tiny_tokenizer, small_units, monkeypatch, change):
-    source, whole = tmp_path / "a.jsonl", parts.make
-    rows = [{"text": f"w{3 + i % 7} w9 w{3 + i % 100}", "body": f"w{4 + i % 7} w{3 + i % 100}"} for i in range(3000)]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"tokenizer_path": tiny_tokenizer, "text_key": "text", "validation_ratio": 0.5, "workers": 1}
-
-    def stops(item, tokenizer):
-        if item[0] == 6:
-            raise KeyboardInterrupt
-        return whole(item, tokenizer)
-
-    monkeypatch.setattr(parts, "make", stops)
-    with pytest.raises(KeyboardInterrupt):
-        tokenize([source], output_prefix=tmp_path / "out", **settings)
-    assert len(list((tmp_path / "out.parts").glob("*.json"))) == 6
-    monkeypatch.setattr(parts, "make", whole)
-    if change == "tokenizer":
-        shutil.copytree(tiny_tokenizer, tmp_path / "other")
-        tree = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
-        words = tree["model"]["vocab"]
-        words["w3"], words["w4"] = words["w4"], words["w3"]
-        (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tree))
-        settings["tokenizer_path"] = tmp_path / "other"
-    elif change == "ratio":
-        settings["validation_ratio"] = 0.25
-    elif change == "key":
-        settings["text_key"] = "body"
-    else:  # as many bytes as before
-        changed_at = source.stat().st_mtime_ns + 10**9
-        source.write_bytes(source.read_bytes().replace(b" w9 ", b" w8 "))
-        os.utime(source, ns=(changed_at, changed_at))
-    tokenize([source], output_prefix=tmp_path / "out", **settings)
-    tokenize([source], output_prefix=tmp_path / "straight", **settings)
-    for suffix in ("", "-validation"):
-        assert content(tmp_path / f"out{suffix}") == content(tmp_path / f"straight{suffix}")
-
-
-def dies(item, tokenizer):
-    if item[0] == 4:
-        os._exit(9)
-    return parts.make(item, tokenizer)
-
-
-def test_a_worker_that_dies_costs_no_finished_part(tmp_path, tiny_tokenizer, small_units, monkeypatch):
-    source, made, whole = many(tmp_path / "a.jsonl"), [], parts.make
-    with monkeypatch.context() as patch:
-        patch.setattr(parts, "make", dies)
-        with pytest.raises(WorkerDied, match="a worker process died"):
-            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=2)
-    kept = {int(path.stem) for path in (tmp_path / "out.parts").glob("*.json")}
-    assert len(kept) >= 3  # of 0 to 3: the other worker may have been at work on one
-    monkeypatch.setattr(parts, "make", lambda item, tokenizer: made.append(item[0]) or whole(item, tokenizer))
-    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
-    assert set(made) == set(range(len(room._bundles([source])))) - kept
-    monkeypatch.undo()
-    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1)
-    assert content(tmp_path / "out") == content(tmp_path / "straight")
-
-
-KILLED = """
-import sys
-from megatron_steel.data import parts, tokenize
-tokenize._LEAST_UNIT_BYTES = 10_000
-if __name__ == "__main__":
-    tokenize.tokenize([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_kill_leaves_no_output_and_no_worker(tmp_path, tiny_tokenizer, how):
-    source = many(tmp_path / "a.jsonl", 60_000)
-    (tmp_path / "job.py").write_text(KILLED)
-    command = [sys.executable, str(tmp_path / "job.py"), str(source), str(tiny_tokenizer), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        wait_for(lambda: list((tmp_path / "out.parts").glob("*.json")), 60)
-        assert len(session(process.pid)) > 2  # this and the workers
-    finally:
-        process.send_signal(how)
-        process.wait()
-    wait_for(lambda: not session(process.pid), 20)
-    assert not list(tmp_path.glob("out.[bim]*"))
-    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
-    assert IndexedDataset(tmp_path / "out").documents == 60_000
-    assert not (tmp_path / "out.parts").exists()
-
-
-def test_the_same_command_twice_at_once(tmp_path, tiny_tokenizer):
-    source = many(tmp_path / "a.jsonl", 20_000)
-    (tmp_path / "job.py").write_text(KILLED)
-    command = [sys.executable, str(tmp_path / "job.py"), str(source), str(tiny_tokenizer), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: list((tmp_path / "out.parts").glob("*.json")), 60)
-        process.send_signal(signal.SIGSTOP)  # it cannot end before the second has tried
-        with pytest.raises(Busy, match="another process is writing") as caught:
-            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1)
-        assert caught.value.where == f"{tmp_path}/out.lock"
-        process.send_signal(signal.SIGCONT)
-        assert process.wait(120) == 0
-    finally:
-        process.kill()
-        process.wait()
-    assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.manifest.json"}
-    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1)
-    assert content(tmp_path / "out") == content(tmp_path / "straight")
-
-
-def numbered(path, count=3000):
-    """A jsonl file whose document i is known by its two words."""
-    path.write_bytes(lines([f"w{3 + i % 100} w{3 + i // 100} " + "w4 " * (i % 9) for i in range(count)]))
-    return path
-
-
-def test_shuffle_is_the_stated_permutation_whatever_the_parts_and_workers(tmp_path, tiny_tokenizer, monkeypatch):
-    source, ratio = numbered(tmp_path / "a.jsonl"), 0.1
-    tokenize([source], tiny_tokenizer, tmp_path / "plain", workers=1, validation_ratio=ratio)
-    tokenize([source], tiny_tokenizer, tmp_path / "one", workers=1, validation_ratio=ratio, shuffle=True, seed=7)
-    monkeypatch.setattr(room, "_LEAST_UNIT_BYTES", 10_000)
-    monkeypatch.setattr(shuffle, "_BUCKET_BYTES", 2_000)
-    monkeypatch.setattr(shuffle, "_PIECE_TOKENS", 500)
-    made = tokenize([source], tiny_tokenizer, tmp_path / "two", workers=2, validation_ratio=ratio, shuffle=True, seed=7)
-    for suffix, kind in (("", "training"), ("-validation", "validation")):
-        plain = documents(tmp_path / f"plain{suffix}")
-        places = permute(np.arange(len(plain)), len(plain), room.shuffle_key(7, kind)).tolist()
-        assert documents(tmp_path / f"two{suffix}") == [plain[i] for i in places] != plain
-        assert content(tmp_path / f"one{suffix}") == content(tmp_path / f"two{suffix}")
-    shuffled = {"key": room.shuffle_key(7, "training"), "documents": made.documents}
-    assert [entry["shuffled"] for entry in made.provenance] == [shuffled]
-    assert verify(tmp_path / "two").documents == made.documents
-    assert not list(tmp_path.glob("*.parts"))
-
-
-def test_every_document_knows_the_file_that_it_came_from(tmp_path, tiny_tokenizer):
-    """Through a permutation of several files, and through a merge."""
-    sources, texts = [], {}
-    for i, name in enumerate(("a", "b", "c")):
-        texts[f"{name}.jsonl"] = [f"w{10 + i} w{20 + j}" for j in range(7 + i)]
-        sources.append(tmp_path / f"{name}.jsonl")
-        sources[-1].write_bytes(lines(["", *texts[f"{name}.jsonl"]]))
-    tokenize(sources, tiny_tokenizer, tmp_path / "plain", workers=1)
-    tokenize(sources[:2], tiny_tokenizer, tmp_path / "mixed", workers=1, shuffle=True, seed=3)
-    tokenize(sources[2:], tiny_tokenizer, tmp_path / "also", workers=1, shuffle=True, seed=3)
-    merged = merge([tmp_path / "mixed", tmp_path / "plain", tmp_path / "also"], tmp_path / "merged")
-    decode = load_tokenizer(tiny_tokenizer).decode
-    seen = Counter()
-    with IndexedDataset(tmp_path / "merged") as data:
-        for number in range(data.documents):
-            name, inside = merged.origin(number)
-            assert decode(data.document(number)[:-1].tolist()) == texts[name][inside]
-            seen[name, inside] += 1
-    assert seen == {(name, i): 2 for name, known in texts.items() for i in range(len(known))}
-    with IndexedWriter(tmp_path / "foreign", np.uint16) as writer:
-        writer.add_document([3, 4])
-    assert merge([tmp_path / "foreign", tmp_path / "plain"], tmp_path / "more").origin(1) is None
-
-
-def test_another_seed_is_another_order(tmp_path, tiny_tokenizer):
-    source = numbered(tmp_path / "a.jsonl", 200)
-    command = ["tokenize", str(source), "--tokenizer", str(tiny_tokenizer), "--workers", "1", "--shuffle"]
-    for seed in ("0", "1"):
-        assert cli.main([*command, "--seed", seed, "--output", str(tmp_path / seed)]) == 0
-    zero, one = documents(tmp_path / "0"), documents(tmp_path / "1")
-    assert zero != one
-    assert sorted(zero) == sorted(one)
-
-
-def test_a_stopped_shuffle_begins_again_from_the_parts(tmp_path, tiny_tokenizer, small_units, monkeypatch):
-    source, whole = numbered(tmp_path / "a.jsonl"), shuffle._gather_bucket
-    monkeypatch.setattr(shuffle, "_BUCKET_BYTES", 2_000)
-    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1, shuffle=True)
-
-    def stops(writer, scratch, bucket, dtype):
-        if bucket == 3:
-            raise KeyboardInterrupt
-        whole(writer, scratch, bucket, dtype)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shuffle, "_gather_bucket", stops)
-        with pytest.raises(KeyboardInterrupt):
-            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, shuffle=True)
-    assert not list(tmp_path.glob("out.[bim]*"))
-    monkeypatch.setattr(parts, "make", lambda item, encoder: pytest.fail("a finished part was made again"))
-    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, shuffle=True)
-    assert content(tmp_path / "out") == content(tmp_path / "straight")
-
-
 def test_rows_that_hold_a_special_string_are_counted(tmp_path, tiny_tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(room.log, "propagate", True)
     texts = ["w3", "w4 <|im_end|> w5 <|im_end|>", "no such word", "<|endoftext|> w6", "<|im_end", "w7 <|im_end|>"]
@@ -657,22 +304,6 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, tiny_tokenizer):
         tokenize([tmp_path / "a.jsonl.gz"], tiny_tokenizer, tmp_path / "out", workers=1)
     assert caught.value.where.endswith("a.jsonl.gz")
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl.gz"]
-
-
-@pytest.mark.parametrize("shuffles", [False, True])
-def test_a_disk_without_room_publishes_nothing_and_loses_nothing(tmp_path, tiny_tokenizer, small_units, shuffles):
-    source, limits = many(tmp_path / "a.jsonl"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    tokenize([source], tiny_tokenizer, tmp_path / "straight", workers=1, shuffle=shuffles)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # room for a part, none for the whole
-    try:
-        with pytest.raises(SteelError, match="cannot write: File too large") as caught:
-            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, shuffle=shuffles)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caught.value.where == f"{tmp_path}/out.parts"
-    assert [path.name for path in tmp_path.glob("out*")] == ["out.parts"]
-    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, shuffle=shuffles)
-    assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
 @pytest.mark.slow
