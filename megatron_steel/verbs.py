@@ -144,8 +144,8 @@ def import_hf(source: str, output: str, trust_code: bool) -> None:
 
 
 def sft_data(spec: str, output: str, force_test_splits: bool, workers: int | None) -> None:
-    from megatron_steel.post.sft_data import sft_data
-    from megatron_steel.post.sft_report import table
+    from megatron_steel.post.sft_data.build import sft_data
+    from megatron_steel.post.sft_data.report import table
 
     print(table(sft_data(spec, output, force_test_splits, workers)))
 
@@ -169,7 +169,7 @@ def generate(model: str, prompt: str | None, chat: bool, **settings: Any) -> Non
 
 def evaluate(models: list[str], tasks: str, **settings: Any) -> None:
     from megatron_steel.audit import verdict_of
-    from megatron_steel.post.evaluate import evaluate
+    from megatron_steel.post.scoring.evaluate import evaluate
 
     evaluate(models, [task.strip() for task in tasks.split(",") if task.strip()], **settings, audit=verdict_of)
 

@@ -11,8 +11,8 @@ from toy_models import CHATML, write_letters
 from megatron_steel import cli
 from megatron_steel.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, SteelError
 from megatron_steel.post.chat import chat
-from megatron_steel.post.chat_protocol import written
 from megatron_steel.post.load import load
+from megatron_steel.post.scoring.chat_protocol import written
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import torch
 from toy_models import LETTERS, rows, write_ceval, write_cmmlu, write_letters, write_mmlu
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post.benchmarks import Question
-from megatron_steel.post.chat_protocol import user_turn, written
-from megatron_steel.post.evaluate import evaluate
 from megatron_steel.post.extract import extract_choice
 from megatron_steel.post.load import load
+from megatron_steel.post.scoring.benchmarks import Question
+from megatron_steel.post.scoring.chat_protocol import user_turn, written
+from megatron_steel.post.scoring.evaluate import evaluate
 
 NEW = 4
 

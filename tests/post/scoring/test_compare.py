@@ -8,9 +8,9 @@ from toy_models import write_cmmlu, write_letters
 
 from megatron_steel import cli
 from megatron_steel.errors import SteelError
-from megatron_steel.post.compare import model_folders, require_steps, step_of
-from megatron_steel.post.published import PUBLISHED
-from megatron_steel.post.score_picture import bars, draw
+from megatron_steel.post.scoring.compare import model_folders, require_steps, step_of
+from megatron_steel.post.scoring.picture import bars, draw
+from megatron_steel.post.scoring.published import PUBLISHED
 
 TASK = "cmmlu"
 

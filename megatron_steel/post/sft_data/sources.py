@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from megatron_steel.data import sources
 from megatron_steel.data.sources import Broken, Conversation, Rejected, optional, string
-from megatron_steel.post import choices
-from megatron_steel.post.examples import Example, Fields, Read, Turn, asked, from_turns
 from megatron_steel.post.extract import plain_number
+from megatron_steel.post.sft_data import choices
+from megatron_steel.post.sft_data.examples import Example, Fields, Read, Turn, asked, from_turns
 
 _GSM8K = 'Let\'s think step by step and output the final answer after "####".'
 _HAN, _KANA = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"), re.compile("[\u3040-\u30ff\uac00-\ud7af]")

@@ -14,7 +14,7 @@ from toy_models import LETTERS, rows, write_ceval, write_cmmlu, write_letters, w
 from megatron_steel import cli
 from megatron_steel.model.build import build_config, build_model
 from megatron_steel.model.configuration_steel import SteelConfig
-from megatron_steel.post.evaluate import evaluate
+from megatron_steel.post.scoring.evaluate import evaluate
 from megatron_steel.recipe import Model
 
 HEADS = {
@@ -135,8 +135,8 @@ def test_a_prompt_that_just_fits_is_not_cut(letters):
     pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
     from lm_eval.models.huggingface import HFLM
 
-    from megatron_steel.post.harness import _truncated
     from megatron_steel.post.load import load
+    from megatron_steel.post.scoring.harness import _truncated
 
     loaded = load(str(letters[0]))
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, device="cpu")
@@ -150,7 +150,7 @@ def test_a_prompt_that_just_fits_is_not_cut(letters):
 def test_without_the_extra_the_command_to_install_it_is_named(letters):
     program = (
         "import sys; sys.modules['lm_eval'] = None\n"
-        "from megatron_steel.post.evaluate import evaluate\n"
+        "from megatron_steel.post.scoring.evaluate import evaluate\n"
         f"evaluate({str(letters[0])!r}, ['ceval-valid'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -214,7 +214,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_a_local_folder_scores_as_the_harness_with_its_own_data_set(letters, tmp_path):
     """The harness's untouched `ceval-valid`, its data set standing where the hub's name points to, against --data."""
     pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
-    from megatron_steel.post.benchmarks import BENCHMARKS, shipped_files
+    from megatron_steel.post.scoring.benchmarks import BENCHMARKS, shipped_files
 
     subjects = list(shipped_files(BENCHMARKS["ceval-valid"]))
     hub = tmp_path / "ceval" / "ceval-exam"

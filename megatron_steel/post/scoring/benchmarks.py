@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post import categories
+from megatron_steel.post.scoring import categories
 
 LETTERS = "ABCD"
 FEW_SHOT = 5

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from megatron_steel.data.chatml import SYSTEM
 from megatron_steel.errors import SteelError
-from megatron_steel.post.sft_sources import table
+from megatron_steel.post.sft_data.sources import table
 
 _TEST = re.compile(r"test(?:s|ing|sets?|data|split)?")
 

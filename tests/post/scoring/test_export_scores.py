@@ -7,7 +7,7 @@ from conftest import finished, launch_command
 from toy_models import rows, write_ceval, write_letters
 
 from megatron_steel import cli
-from megatron_steel.post.evaluate import evaluate
+from megatron_steel.post.scoring.evaluate import evaluate
 
 
 def _train(folder, tokenizer) -> None:
@@ -61,8 +61,8 @@ def _lm_eval(folder, tasks) -> dict[str, list]:
 @pytest.mark.slow
 def test_lm_eval_of_an_export_equals_that_of_weights_saved_by_hand(tmp_path):
     pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
-    from megatron_steel.post.benchmarks import BENCHMARKS, read
-    from megatron_steel.post.harness import local_tasks
+    from megatron_steel.post.scoring.benchmarks import BENCHMARKS, read
+    from megatron_steel.post.scoring.harness import local_tasks
 
     write_letters(tmp_path / "letters")
     for file in ("config.json", "generation_config.json", "model.safetensors"):

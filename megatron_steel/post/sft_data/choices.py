@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 from megatron_steel.data.sources import Broken, Rejected, optional, string
-from megatron_steel.post.examples import Example, Fields, asked
+from megatron_steel.post.sft_data.examples import Example, Fields, asked
 
 _LETTERS = ascii_uppercase[:10]
 _ELSEWHERE = r"(?:请?详?见(?:解析|答案|解答|详解|分析))"

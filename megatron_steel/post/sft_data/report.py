@@ -3,10 +3,10 @@
 from typing import Any
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post.mix import Mixture
-from megatron_steel.post.sft_rows import Maker, Outcome
-from megatron_steel.post.sft_sources import Source
-from megatron_steel.post.sft_spec import Part, Spec
+from megatron_steel.post.sft_data.mix import Mixture
+from megatron_steel.post.sft_data.rows import Maker, Outcome
+from megatron_steel.post.sft_data.sources import Source
+from megatron_steel.post.sft_data.spec import Part, Spec
 
 
 def judge(spec: Spec, part: Part, source: Source, total: Outcome) -> None:

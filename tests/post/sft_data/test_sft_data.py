@@ -10,9 +10,9 @@ import yaml
 
 from megatron_steel import cli
 from megatron_steel.errors import SteelError
-from megatron_steel.post import sft_data as job
-from megatron_steel.post.sft_data import sft_data
-from megatron_steel.post.sft_spec import load_spec
+from megatron_steel.post.sft_data import build as job
+from megatron_steel.post.sft_data.build import sft_data
+from megatron_steel.post.sft_data.spec import load_spec
 from megatron_steel.post.template import Template
 
 SYSTEM = "You are a helpful assistant."
@@ -422,7 +422,7 @@ def test_real_rows(work, shared_data):
 
 
 def test_the_specifications_in_the_documentation_are_whole(tmp_path):
-    docs = Path(job.__file__).resolve().parents[2] / "docs"
+    docs = Path(job.__file__).resolve().parents[3] / "docs"
     for name in ("sft_data.md", "grpo.md"):
         (text,) = re.findall(r"```yaml\n(.*?)```", (docs / name).read_text(encoding="utf-8"), re.DOTALL)
         (tmp_path / "spec.yaml").write_text(text, encoding="utf-8")

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post.benchmarks import LETTERS, Question
 from megatron_steel.post.extract import extract_choice
 from megatron_steel.post.generate import SEED, seeded
 from megatron_steel.post.load import Loaded
+from megatron_steel.post.scoring.benchmarks import LETTERS, Question
 from megatron_steel.post.turns import chat_ids, stop_ids
 
 NAME = "steel-chat"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post.benchmarks import Benchmark, categories_of, shipped_files
+from megatron_steel.post.scoring.benchmarks import Benchmark, categories_of, shipped_files
 
 
 def summary(benchmark: Benchmark, protocol: str, items: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:

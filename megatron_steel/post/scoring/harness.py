@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
-from megatron_steel.post.benchmarks import (
+from megatron_steel.post.load import Loaded
+from megatron_steel.post.scoring.benchmarks import (
     BENCHMARKS,
     FEW_SHOT,
     LETTERS,
@@ -26,7 +27,6 @@ from megatron_steel.post.benchmarks import (
     shipped_files,
     shipped_task,
 )
-from megatron_steel.post.load import Loaded
 
 NAME = "loglikelihood"
 _BATCH = 8

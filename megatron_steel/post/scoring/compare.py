@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
-from megatron_steel.post.scores import about_of, protocols
+from megatron_steel.post.scoring.scores import about_of, protocols
 
 
 def model_folders(named: list[str]) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.data.chatml import SYSTEM
-from megatron_steel.post.sft_spec import Spec
+from megatron_steel.post.sft_data.spec import Spec
 
 _TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
          "system_tag": "system"}  # fmt: skip

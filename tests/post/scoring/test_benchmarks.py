@@ -4,9 +4,9 @@ import pytest
 from toy_models import LETTERS, rows, write_ceval, write_cmmlu, write_letters, write_mmlu
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post import categories
-from megatron_steel.post.benchmarks import BENCHMARKS, document, question, read, shipped_files
-from megatron_steel.post.evaluate import evaluate
+from megatron_steel.post.scoring import categories
+from megatron_steel.post.scoring.benchmarks import BENCHMARKS, document, question, read, shipped_files
+from megatron_steel.post.scoring.evaluate import evaluate
 
 pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
 WRITE = {"ceval-valid": write_ceval, "cmmlu": write_cmmlu, "mmlu": write_mmlu}

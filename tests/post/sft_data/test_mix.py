@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post.mix import mix
+from megatron_steel.post.sft_data.mix import mix
 
 
 @dataclass(frozen=True)

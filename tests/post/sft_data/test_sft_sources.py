@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_steel.data.sources import Broken, Rejected
-from megatron_steel.post.examples import check
-from megatron_steel.post.sft_sources import holds_placeholder, is_chinese, table
+from megatron_steel.post.sft_data.examples import check
+from megatron_steel.post.sft_data.sources import holds_placeholder, is_chinese, table
 
 SFT, DPO, GRPO = table("sft", "小钢", "钢铁厂"), table("dpo"), table("grpo")
 

@@ -17,9 +17,9 @@ from typing import Any
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
 from megatron_steel.model import verdict
-from megatron_steel.post import chat_protocol, harness, scores
-from megatron_steel.post.benchmarks import BENCHMARKS
 from megatron_steel.post.load import Loaded, load, load_tokenizer
+from megatron_steel.post.scoring import chat_protocol, harness, scores
+from megatron_steel.post.scoring.benchmarks import BENCHMARKS
 from megatron_steel.post.turns import chat_ids
 
 PROTOCOLS = (harness.NAME, chat_protocol.NAME, "both")
@@ -61,7 +61,7 @@ def evaluate(
         SteelError: the extra is not installed, no task, an unknown one or one twice, an unknown protocol, a data folder of another shape, an unusable
             model, a tokenizer without chat template, a folder whose step is wanted and not known.
     """
-    from megatron_steel.post import compare
+    from megatron_steel.post.scoring import compare
 
     _check(tasks, protocol, max_new_tokens, picture)
     for file, what in ((json, "scores"), (items, "items"), (picture, "picture")):
@@ -87,7 +87,7 @@ def evaluate(
     if tensorboard is not None:
         compare.to_tensorboard(results, tensorboard)
     if picture is not None:
-        from megatron_steel.post.score_picture import draw
+        from megatron_steel.post.scoring.picture import draw
 
         draw(results, Path(picture))
     return whole
@@ -129,7 +129,7 @@ def _score_folder(
     audit: Audit | None,
     lines: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    from megatron_steel.post.compare import step_of
+    from megatron_steel.post.scoring.compare import step_of
 
     loaded = load(str(folder), trust_code)
     report = verdict.read_verdict(folder)

@@ -17,9 +17,9 @@ from typing import Any
 from megatron_steel.data import readers
 from megatron_steel.data.decontaminate import Matcher
 from megatron_steel.data.sources import Broken, Rejected
-from megatron_steel.post.examples import Example, check
-from megatron_steel.post.sft_sources import Source, holds_placeholder, table
-from megatron_steel.post.sft_spec import Spec
+from megatron_steel.post.sft_data.examples import Example, check
+from megatron_steel.post.sft_data.sources import Source, holds_placeholder, table
+from megatron_steel.post.sft_data.spec import Spec
 from megatron_steel.post.template import Template
 
 _BATCH, _NAMED = 256, 5

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_steel.data.sources import Broken, Rejected
-from megatron_steel.post.choices import english_choice, logiqa, wanjuan_exam, wanjuan_exam_explained
 from megatron_steel.post.extract import extract_choice
+from megatron_steel.post.sft_data.choices import english_choice, logiqa, wanjuan_exam, wanjuan_exam_explained
 
 EXAM = {
     "id": "BkQQW", "q_type": "单选题", "q_main": "下列物质中，属于纯净物的是（ ）", "option_a": "空气",

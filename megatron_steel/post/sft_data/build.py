@@ -27,10 +27,11 @@ from megatron_steel.checkpoint.commit import sync
 from megatron_steel.data import parallel, readers
 from megatron_steel.data.reserve import reserved
 from megatron_steel.errors import SteelError
-from megatron_steel.post import llama_factory, sft_report
-from megatron_steel.post.mix import Mixture, mix
-from megatron_steel.post.sft_rows import Maker, Outcome, Task, make
-from megatron_steel.post.sft_spec import Spec, files_of, load_spec
+from megatron_steel.post.sft_data import llama_factory
+from megatron_steel.post.sft_data import report as account
+from megatron_steel.post.sft_data.mix import Mixture, mix
+from megatron_steel.post.sft_data.rows import Maker, Outcome, Task, make
+from megatron_steel.post.sft_data.spec import Spec, files_of, load_spec
 
 log = logging.getLogger("megatron_steel")
 _UNIT_BYTES = 16 << 20
@@ -60,10 +61,10 @@ def sft_data(spec: str, output: str, force_test_splits: bool = False, workers: i
         with open(aside / "spool", "wb") as spool:
             outcomes = _read(read, maker, files, workers or parallel.cpus(), aside / "parts", spool)
         for part, source, total in zip(read.sources, maker.sources, outcomes, strict=True):
-            sft_report.judge(read, part, source, total)
+            account.judge(read, part, source, total)
         mixture = _mixture(read, outcomes)
         written = _write(aside, outcomes, mixture)
-        report = sft_report.build(read, maker, outcomes, mixture, written)
+        report = account.build(read, maker, outcomes, mixture, written)
         report["forced_test_splits"] = force_test_splits
         (aside / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         llama_factory.hand_over(aside, read, report, target)
@@ -87,7 +88,7 @@ def _read(spec: Spec, maker: Maker, files: list[list[Path]], workers: int, folde
             for where, problem in outcome.problems[:1]:
                 log.warning("%s: malformed row left out: %s: %s", part.type, where, problem)
             if outcome.malformed == outcome.rows >= _HOPELESS_ROWS:  # another set, say: do not go on for hours
-                sft_report.judge(spec, part, maker.sources[task.part], total)
+                account.judge(spec, part, maker.sources[task.part], total)
             if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
                 spoken = time.monotonic()
                 log.info(

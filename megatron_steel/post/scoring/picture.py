@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post.benchmarks import BENCHMARKS
-from megatron_steel.post.compare import figures
-from megatron_steel.post.published import PUBLISHED
-from megatron_steel.post.scores import about_of, protocols
+from megatron_steel.post.scoring.benchmarks import BENCHMARKS
+from megatron_steel.post.scoring.compare import figures
+from megatron_steel.post.scoring.published import PUBLISHED
+from megatron_steel.post.scoring.scores import about_of, protocols
 
 _CHANCE = 25.0  # four choices
 
