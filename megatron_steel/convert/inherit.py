@@ -136,11 +136,8 @@ def _facts(layer: "nn.Module", number: int) -> dict[str, Any]:
         facts[path] = type(module).__name__
         for name, value in vars(module).items():
             own_number = isinstance(value, int) and not isinstance(value, bool) and value == number and "layer" in name
-            if (
-                not own_number
-                and not name.startswith("_")
-                and isinstance(value, (str, int, float, list, tuple, type(None)))
-            ):
+            plain = isinstance(value, (str, int, float, list, tuple, type(None)))
+            if plain and not own_number and name not in _PER_LAYER and not name.startswith("_"):
                 facts[f"{path}.{name}"] = value
     facts |= {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     return facts

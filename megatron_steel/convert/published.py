@@ -86,9 +86,19 @@ def require_loads(
 
 
 def file_name(name: str, source: Published) -> str | None:
-    """A parameter's name in the files, which may leave the base model's prefix out; None where they do not hold it."""
-    short = name.removeprefix(f"{source.model.base_model_prefix}.")
-    return next((known for known in (name, short) if known in source.weights.shapes), None)
+    """A parameter's name in the files; None where they do not hold it.
+
+    Files may leave out the base model's prefix. Where they have an older name that transformers still reads (GPT-NeoX's
+    `embed_out` for `lm_head`), it is the one tensor of this shape that no parameter is named after.
+    """
+    found = source.weights.shapes
+    base = f"{source.model.base_model_prefix}."
+    for known in (name, name.removeprefix(base)):
+        if known in found:
+            return known
+    named = source.shapes.keys() | {each.removeprefix(base) for each in source.shapes}
+    alike = [each for each, shape in found.items() if each not in named and shape == source.shapes.get(name)]
+    return alike[0] if len(alike) == 1 else None
 
 
 def once(source: Published) -> list[str]:

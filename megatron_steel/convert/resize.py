@@ -76,7 +76,7 @@ def plan_rows(folder: Path, rows: int, tokenizer: Path | None, vocab_size: int |
     """
     with tempfile.TemporaryDirectory() as scratch:
         if tokenizer is None:
-            return _resized(folder, rows, vocab_size or rows, Path(scratch))
+            return _resized(folder, rows, rows if vocab_size is None else vocab_size, Path(scratch))
         after = load_tokenizer(tokenizer)
         size = after.vocab_size if vocab_size is None else vocab_size
         _require_room(after, size, tokenizer)
