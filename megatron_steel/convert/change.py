@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_steel.convert import inherit
 from megatron_steel.convert.published import Published, on_meta, once, require_loads, vocabulary_tensors
 from megatron_steel.convert.weights import Weights
+from megatron_steel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_steel.errors import SteelError
 
 if TYPE_CHECKING:
@@ -72,14 +73,15 @@ def write_changed(
         names = inherit.renamed(names, path, source.model.base_model_prefix, chosen, source.folder)
         tree = inherit.config_tree(tree, source.config, chosen, source.folder)
         said.append(f"layers {', '.join(map(str, chosen))} of {len(modules)}")
-    change, tree, generation = _vocabulary(source, Change(names), tree, tokenizer, vocab_size)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    change, tree, generation = _vocabulary(source, Change(names), tree, tokenizer, loaded, vocab_size)
     if change.rows is not None:
         said.append(change.rows.said)
     config = _config(source.config, tree, source.folder)
     model, expected = on_meta(config)
     if chosen is not None:
         inherit.require_same_layers(source.model, model, chosen, source.folder)
-    loader = _copy_tokenizer(source, aside, tokenizer, config)
+    loader = _copy_tokenizer(source, aside, tokenizer, loaded, config)
     write_weights(source, change, aside)
     write_beside(source, tree, aside)
     if generation is not None:
@@ -124,25 +126,29 @@ def write_json(file: Path, tree: dict[str, Any]) -> None:
 
 
 def _vocabulary(
-    source: Published, change: Change, tree: dict[str, Any], tokenizer: Path | None, vocab_size: int | None
+    source: Published,
+    change: Change,
+    tree: dict[str, Any],
+    tokenizer: Path | None,
+    loaded: Tokenizer | None,
+    vocab_size: int | None,
 ) -> tuple[Change, dict[str, Any], dict[str, Any] | None]:
     """The same with other rows: tensors, `config.json` and, where ids change, generation settings."""
     if tokenizer is None and vocab_size is None:
         return change, tree, None
     from megatron_steel.convert import companions, resize
-    from megatron_steel.data.tokenizer import load_tokenizer
 
     config = source.config
-    rows = resize.plan_rows(source.folder, config.vocab_size, tokenizer, vocab_size)
+    matrices = vocabulary_tensors(source)
+    rows = resize.plan_rows(source.folder, config.vocab_size, tokenizer, loaded, vocab_size)
     tree = {**tree, config.attribute_map.get("vocab_size", "vocab_size"): len(rows.parts)}
     generation = None
-    if tokenizer is not None:
-        ids = companions.special_ids(tokenizer, load_tokenizer(tokenizer))
+    if tokenizer is not None and loaded is not None:
+        ids = companions.special_ids(tokenizer, loaded)
         tree = resize.with_ids(tree, rows, ids, several=False)
         if (source.folder / GENERATION).is_file():
-            given = {key: value for key, value in ids.items() if value is not None}
-            generation = resize.with_ids(_generation(source.folder), rows, given, several=True)
-    return Change(change.names, vocabulary_tensors(source), rows), tree, generation
+            generation = resize.with_ids(_generation(source.folder), rows, ids, several=True)
+    return Change(change.names, matrices, rows), tree, generation
 
 
 def _generation(folder: Path) -> dict[str, Any]:
@@ -162,17 +168,17 @@ def _config(old: "PretrainedConfig", tree: dict[str, Any], where: Path) -> "Pret
         ) from error
 
 
-def _copy_tokenizer(source: Published, aside: Path, tokenizer: Path | None, config: "PretrainedConfig") -> str | None:
+def _copy_tokenizer(
+    source: Published, aside: Path, tokenizer: Path | None, loaded: Tokenizer | None, config: "PretrainedConfig"
+) -> str | None:
     """Copy the tokenizer's files, before there is a config.json that could lead transformers to another class.
 
     Returns: the class that loads a new one beside this configuration; None where there is none to load.
     """
     from megatron_steel.convert import companions
-    from megatron_steel.data.tokenizer import load_tokenizer
 
-    if tokenizer is None:
+    if tokenizer is None or loaded is None:
         companions.copy_tokenizer_files(source.folder, aside)
         return None
-    loaded = load_tokenizer(tokenizer)
     companions.copy_tokenizer(tokenizer, aside, loaded)
     return companions.tokenizer_class(aside, config, loaded) if tokenizer.is_dir() else None

@@ -10,9 +10,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_steel.errors import SteelError
+
+if TYPE_CHECKING:
+    from megatron_steel.data.tokenizer import Tokenizer
 
 Key = tuple[str, bytes | str]
 _SPACE = "▁"
@@ -127,11 +130,11 @@ _LETTERS = _letters()
 _BYTES = {letter: byte for byte, letter in _LETTERS.items()}
 
 
-def load_alone(folder: Path, scratch: Path) -> Path:
-    """A model folder's tokenizer files alone: beside a config.json transformers may load another class than they name.
+def load_alone(folder: Path, scratch: Path) -> tuple[Path, "Tokenizer"]:
+    """A model folder's tokenizer, from its files alone: beside a config.json transformers may load another class.
 
-    Returns: `scratch`, or `folder` itself where the files need the configuration beside them.
-    Raises SteelError: the folder holds no tokenizer.
+    Returns: where the files lie that were read, `scratch` or (where they need the configuration) `folder`; the tokenizer.
+    Raises SteelError: the folder holds no tokenizer, or it cannot be loaded.
     """
     from megatron_steel.convert import companions
     from megatron_steel.data.tokenizer import load_tokenizer
@@ -140,7 +143,6 @@ def load_alone(folder: Path, scratch: Path) -> Path:
         raise SteelError("the model's folder holds no tokenizer, so nobody knows which row is which piece", folder,
                          "put the tokenizer's files beside its weights")  # fmt: skip
     try:
-        load_tokenizer(scratch)
+        return scratch, load_tokenizer(scratch)
     except SteelError:
-        return folder
-    return scratch
+        return folder, load_tokenizer(folder)

@@ -13,6 +13,7 @@ were and the new ones ordinary (the default of transformers draws from around th
 
 import json
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_steel.convert.pieces import Key, Pieces, load_alone, read_pieces
 from megatron_steel.data.prune_tokenizer import KEPT_IDS
-from megatron_steel.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_steel.data.tokenizer import Tokenizer
 from megatron_steel.errors import SteelError
 
 if TYPE_CHECKING:
     import torch
 
+_AT_ONCE = 4096
+"""Rows whose parts are in memory together."""
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -45,14 +48,17 @@ class Rows:
         import torch
 
         new = old.new_empty((len(self.parts), *old.shape[1:]))
-        copied = [(row, part[0]) for row, part in enumerate(self.parts) if len(part) == 1]
-        if copied:
-            to, of = torch.tensor(copied).T
-            new[to] = old[of]
-        filler = old[: self.used].mean(0, dtype=torch.float32).to(old.dtype)
+        by_length: dict[int, list[int]] = defaultdict(list)
         for row, part in enumerate(self.parts):
-            if len(part) != 1:
-                new[row] = old[list(part)].mean(0, dtype=torch.float32).to(old.dtype) if part else filler
+            by_length[len(part)].append(row)
+        for length, rows in by_length.items():
+            for first in range(0, len(rows), _AT_ONCE):
+                some = rows[first : first + _AT_ONCE]
+                if length:
+                    of = old[torch.tensor([self.parts[row] for row in some])]
+                    new[some] = of[:, 0] if length == 1 else of.mean(1, dtype=torch.float32).to(old.dtype)
+                else:
+                    new[some] = old[: self.used].mean(0, dtype=torch.float32).to(old.dtype)
         return new
 
     def new_ids(self) -> dict[int, int]:
@@ -64,24 +70,23 @@ class Rows:
         return found
 
 
-def plan_rows(folder: Path, rows: int, tokenizer: Path | None, vocab_size: int | None) -> Rows:
+def plan_rows(folder: Path, rows: int, tokenizer: Path | None, after: Tokenizer | None, vocab_size: int | None) -> Rows:
     """What becomes of the `rows` of a model whose own tokenizer lies in `folder`.
 
     Args:
         tokenizer: the new one, a folder or a sentencepiece `.model`; None keeps the model's own.
+        after: the same, loaded.
         vocab_size: rows of the new model; None: as many as the new tokenizer has ids.
 
     Raises:
-        SteelError: no tokenizer, a broken one, one that `kept_ids.json` does not describe, a size that is too small.
+        SteelError: the model has no tokenizer, `kept_ids.json` does not describe the new one, too few rows for its ids.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        if tokenizer is None:
+        if tokenizer is None or after is None:
             return _resized(folder, rows, rows if vocab_size is None else vocab_size, Path(scratch))
-        after = load_tokenizer(tokenizer)
         size = after.vocab_size if vocab_size is None else vocab_size
         _require_room(after, size, tokenizer)
-        source = load_alone(folder, Path(scratch))
-        before = load_tokenizer(source)
+        source, before = load_alone(folder, Path(scratch))
         if before.vocab_size > rows:
             what = f"the model's own tokenizer has {before.vocab_size} ids and its embedding {rows} rows"
             raise SteelError(what, folder, "put the tokenizer that the model was trained with beside its weights")
@@ -99,7 +104,8 @@ def with_ids(tree: dict[str, Any], rows: Rows, ids: dict[str, int | None], sever
 
     Args:
         ids: its bos, eos and pad.
-        several: old end-of-turn ids that still exist stay beside the new eos (generation stops at each).
+        several: as generation has them: what there is none of is left out, and old end-of-turn ids that still exist stay
+            beside the new eos (it stops at each).
     """
     new = rows.new_ids()
 
@@ -112,6 +118,7 @@ def with_ids(tree: dict[str, Any], rows: Rows, ids: dict[str, int | None], sever
             found = moved(value)
             changed[name] = found if isinstance(value, list) else next(iter(found), None)
     changed |= ids
+    changed = {name: value for name, value in changed.items() if value is not None or not several}
     others = [i for i in moved(tree.get("eos_token_id")) if i != ids["eos_token_id"]]
     if several and others:
         changed["eos_token_id"] = [ids["eos_token_id"], *dict.fromkeys(others)]
@@ -120,7 +127,7 @@ def with_ids(tree: dict[str, Any], rows: Rows, ids: dict[str, int | None], sever
 
 def _resized(folder: Path, rows: int, size: int, scratch: Path) -> Rows:
     """More rows or fewer, for the tokenizer that the model has."""
-    own = load_tokenizer(load_alone(folder, scratch))
+    _, own = load_alone(folder, scratch)
     _require_room(own, size, folder)
     parts: list[tuple[int, ...]] = [(row,) for row in range(min(rows, size))]
     change = f"{size - rows:,} added at the end" if size >= rows else f"{rows - size:,} that no token uses taken away"

@@ -124,7 +124,7 @@ def test_tokenizer_files_and_generation_settings_follow(made, tmp_path):
     old = read_pieces(made / "old")
     stops = [i for i, name in old.names.items() if name in ("<|im_end|>", "<|endoftext|>")]
     (tmp_path / "in" / "generation_config.json").write_text(json.dumps(
-        {"eos_token_id": stops, "pad_token_id": 3, "top_p": 0.8, "forced_bos_token_id": ROWS - 1}))  # fmt: skip
+        {"bos_token_id": ROWS - 1, "eos_token_id": stops, "pad_token_id": 3, "top_p": 0.8, "forced_bos_token_id": ROWS - 1}))  # fmt: skip
     import_hf(tmp_path / "in", tmp_path / "out", tokenizer=made / "pruned", vocab_size=320)
     for file in (made / "pruned").glob("tokenizer*"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
@@ -132,7 +132,7 @@ def test_tokenizer_files_and_generation_settings_follow(made, tmp_path):
     new = read_pieces(made / "pruned")
     assert {new.names[i] for i in tree["eos_token_id"]} == {"<|im_end|>", "<|endoftext|>"}
     assert tree["eos_token_id"][0] == load_tokenizer(made / "pruned").eos_id
-    assert (tree["top_p"], tree["forced_bos_token_id"]) == (0.8, None)
+    assert (tree["top_p"], "bos_token_id" in tree, "forced_bos_token_id" in tree) == (0.8, False, False)
     assert tensors(tmp_path / "out")["lm_head.weight"].dtype == torch.bfloat16
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -175,13 +175,13 @@ def test_any_other_tokenizer_copies_what_both_have_and_averages_the_rest(made, t
 
 def test_the_same_tokenizer_moves_no_row(made, tmp_path):
     write_model(tmp_path / "in", "llama", ROWS, tokenizer=made / "old")
-    rows = plan_rows(tmp_path / "in", ROWS, made / "old", None)
+    rows = plan_rows(tmp_path / "in", ROWS, made / "old", load_tokenizer(made / "old"), None)
     assert rows.parts == [(i,) for i in range(SIZE)]
 
 
 def test_a_byte_level_and_a_sentencepiece_tokenizer_are_compared_by_bytes(made, spaces, tmp_path):
     shutil.copytree(made / "old", tmp_path / "bytes")
-    there = plan_rows(tmp_path / "bytes", SIZE, spaces, None)
+    there = plan_rows(tmp_path / "bytes", SIZE, spaces, load_tokenizer(spaces), None)
     old, new = read_pieces(made / "old"), read_pieces(spaces)
     number = {name: i for i, name in new.names.items()}
     of = {name: i for i, name in old.names.items()}
@@ -189,7 +189,7 @@ def test_a_byte_level_and_a_sentencepiece_tokenizer_are_compared_by_bytes(made, 
     assert there.parts[number["t"]] == (of["t"],)
     assert there.parts[number["<0xE9>"]] == (of["é"],)  # the letter that stands for this byte
     assert there.parts[number["</s>"]] == (old.roles["eos"],)  # by role: no token of that name
-    back = plan_rows(spaces, len(new.names), made / "old", None)
+    back = plan_rows(spaces, len(new.names), made / "old", load_tokenizer(made / "old"), None)
     assert back.parts[of["Ġthe"]] == (number["▁the"],)
     assert back.parts[of["Ġ"]] == (number["▁"],)
     assert back.parts[of["é"]] == (number["<0xE9>"],)
