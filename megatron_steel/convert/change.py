@@ -86,7 +86,10 @@ def write_changed(
     write_beside(source, tree, aside)
     if generation is not None:
         write_json(aside / GENERATION, generation)
-    require_loads(aside, config, change.shapes(source.weights), expected, source.trust_code)
+    try:
+        require_loads(aside, config, change.shapes(source.weights), expected, source.trust_code)
+    except SteelError as error:  # `aside` is gone when this is read, and the fault lay in the source
+        raise SteelError(error.what, source.folder, "fetch the folder again, or mend its config.json") from error
     count = sum(parameter.numel() for parameter in model.parameters())
     said.append(f"{count:,} parameters; every other tensor as it was")
     if loader not in (None, "AutoTokenizer"):

@@ -85,8 +85,8 @@ def renamed(names: Iterable[str], path: str, base: str, chosen: Sequence[int], w
             found[name] = new
     absent = sorted(set(chosen) - there)
     if absent:
-        raise SteelError(f"the files hold no {path}.{absent[0]}", where,
-                         "load the model with transformers, save it with save_pretrained, and import that")  # fmt: skip
+        raise SteelError(f"the files hold no {path}.{absent[0]}", where, "fetch the folder again, or mend its config.json; "
+                         "files that name layers otherwise: load them with transformers, save_pretrained, import that")  # fmt: skip
     return found
 
 
