@@ -58,7 +58,9 @@ def loss_by_hand(model, recipe, old_ids):
     return total / count
 
 
-@pytest.mark.parametrize(("family", "layers"), [("llama", [0, 1, 2, 3]), ("steel", [0, -1])])
+@pytest.mark.parametrize(
+    ("family", "layers"), [("llama", [0, -1]), pytest.param("steel", [0, 2], marks=pytest.mark.slow)]
+)
 def test_training_starts_from_these_weights(
     family, layers, fewer_words, tiny_tokenizer, tiny_data, tiny_recipe, metrics, tmp_path
 ):

@@ -83,6 +83,10 @@ def spaces(tmp_path_factory):
     return folder
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def others_equal(old, new, but):
     assert {*old} - {*but} == {*new} - {*but}
     return all(torch.equal(new[n], t) and new[n].dtype == t.dtype for n, t in old.items() if n not in but)
@@ -95,8 +99,8 @@ HEAD = {name: ("embed_out.weight" if name == "gpt_neox" else "lm_head.weight", "
 
 
 @pytest.mark.parametrize(("family", "tied"), [
-    ("llama", False), ("qwen2", True), ("gpt_neox", False), ("gpt2", True), ("phi", False), ("gemma", True), ("opt", True),
-    ("steel softmoe", False),
+    ("llama", False), ("qwen2", True), ("gpt_neox", False), ("phi", False),
+    ("steel softmoe", False), slow("gpt2", True), slow("gemma", True), slow("opt", True),
 ])  # fmt: skip
 @torch.no_grad()
 def test_a_pruned_vocabulary_gives_the_logits_of_the_kept_ids(family, tied, made, tmp_path):
@@ -201,7 +205,7 @@ def test_a_byte_level_and_a_sentencepiece_tokenizer_are_compared_by_bytes(made, 
     assert back.parts[of["<|im_end|>"]] == (number["</s>"],) or back.parts[of["<|endoftext|>"]] == (number["</s>"],)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gpt2", True), ("phi", False)])
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("phi", False), slow("gpt2", True)])
 @torch.no_grad()
 def test_a_size_alone_leaves_the_logits_of_old_rows(family, tied, made, tmp_path):
     model = write_model(tmp_path / "in", family, ROWS, tied=tied, tokenizer=made / "old")
