@@ -158,7 +158,7 @@ def load_for_audit(source: Path, trust_code: bool) -> Any:
     from megatron_steel.recipe import Model
 
     if (source / "config.json").is_file():
-        from megatron_steel.convert.import_hf import is_published
+        from megatron_steel.convert.published_steel import is_published
 
         if is_published(source):
             raise SteelError("this is a published Steel-LLM folder, which transformers cannot load", source,

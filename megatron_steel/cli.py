@@ -157,6 +157,9 @@ def _models(verb: AddVerb) -> None:
     )
     p.add_argument("source", metavar="HF_DIR")
     p.add_argument("output", metavar="OUT_DIR")
+    p.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="give the model this one: rows by piece, or by kept_ids.json")
+    p.add_argument("--vocab-size", type=int, metavar="N", help="rows of the embedding (default: the new tokenizer's ids)")
+    p.add_argument("--layers", metavar="I,J,...", help="only these, in this order; -1 is the last: --layers=0,1,-2,-1")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
     p = verb(

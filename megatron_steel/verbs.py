@@ -137,10 +137,11 @@ def export(source: str, output: str, dtype: str, verify: bool) -> None:
     export(source, output, dtype=dtype, verify=verify, audit=verdict_of)
 
 
-def import_hf(source: str, output: str, trust_code: bool) -> None:
+def import_hf(source: str, output: str, layers: str | None, **settings: Any) -> None:
     from megatron_steel.convert.import_hf import import_hf
+    from megatron_steel.convert.inherit import parse_layers
 
-    import_hf(source, output, trust_code)
+    import_hf(source, output, layers=parse_layers(layers) if layers is not None else None, **settings)
 
 
 def sft_data(spec: str, output: str, force_test_splits: bool, workers: int | None) -> None:
