@@ -23,6 +23,7 @@ def write_card(
     dtype: str,
     tokenizer: str | None,
     difference: float | None,
+    notes: tuple[tuple[str, str], ...] = (),
 ) -> None:
     """Write README.md.
 
@@ -31,6 +32,7 @@ def write_card(
         parameters: numbers in the model.
         tokenizer: the transformers class that loads it, if any does.
         difference: of the logits, where the export was verified.
+        notes: more rows, of the kind of source that the weights come from.
     """
     manifest = checkpoint.manifest
     code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -42,9 +44,10 @@ def write_card(
         ("data", _data(manifest)),
         ("validation loss", f"{loss[1]:.4f} nats per token at step {loss[0]:,}" if loss else "not measured"),
         ("logits against the checkpoint", "not verified" if difference is None else f"differ by at most {difference:.3g} from those of the trained weights rounded to {dtype}"),
+        *notes,
     ]  # fmt: skip
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    start = manifest["recipe"]["model"].get("init_from")
+    start = manifest.get("recipe", {}).get("model", {}).get("init_from")
     version = manifest.get("versions", {}).get("megatron_steel", "")
     text = _CARD.format(
         name=name,

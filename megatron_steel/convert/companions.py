@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from megatron_steel.data.tokenizer import Tokenizer
-    from megatron_steel.recipe import Recipe
 
 STEEL_CODE = tuple(
     Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)
@@ -33,24 +32,37 @@ _ALWAYS = ("tie_word_embeddings",)  # versions differ in its default
 
 
 def write_companions(
-    folder: Path, config: "PretrainedConfig", architecture: str, dtype: str, recipe: "Recipe", tokenizer: "Tokenizer"
+    folder: Path,
+    config: "PretrainedConfig",
+    architecture: str,
+    dtype: str,
+    tokenizer: "Tokenizer | None",
+    source: Path | None,
+    code: Path | None = None,
 ) -> str | None:
     """Write config.json and generation_config.json and copy code and tokenizer into `folder`.
+
+    Args:
+        tokenizer, source: the tokenizer, and the folder or file that it lies in; None where nobody knows it.
+        code: the folder whose modelling code travels, where the model is neither Steel nor a class of transformers.
 
     Returns: the transformers class that loads the tokenizer; None where the folder has no Hugging Face tokenizer.
     Raises SteelError when the copied tokenizer gives other ids than the original.
     """
-    # First, while there is no config.json: transformers would ask whether to run the code that it names.
-    copy_tokenizer(Path(recipe.tokenizer.path), folder, tokenizer)
-    ids = special_ids(Path(recipe.tokenizer.path), tokenizer)
+    ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokenizer is not None and source is not None:
+        # First, while there is no config.json: transformers would ask whether to run the code that it names.
+        copy_tokenizer(source, folder, tokenizer)
+        ids = special_ids(source, tokenizer)
     tree = config_tree(config, architecture, dtype, ids)
     generation = {key: value for key, value in ids.items() if value is not None}
-    generation.setdefault("pad_token_id", generation["eos_token_id"])
+    if "eos_token_id" in generation:
+        generation.setdefault("pad_token_id", generation["eos_token_id"])
     _write_json(folder / "config.json", tree)
     _write_json(folder / "generation_config.json", {**generation, "transformers_version": tree["transformers_version"]})
-    for file in code_files(config, recipe.model.path):
+    for file in code_files(config, str(code) if code else None):
         shutil.copyfile(file, folder / file.name)
-    return tokenizer_class(folder, config, tokenizer) if Path(recipe.tokenizer.path).is_dir() else None
+    return tokenizer_class(folder, config, tokenizer) if tokenizer is not None and source and source.is_dir() else None
 
 
 def config_tree(config: "PretrainedConfig", architecture: str, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def _written(folder, model_type, tokenizer, **config):
     })  # fmt: skip
     built = build_config(recipe.model)
     name = blueprint_of(built).architecture
-    loader = companions.write_companions(folder, built, name, "bfloat16", recipe, load_tokenizer(tokenizer))
+    loader = companions.write_companions(folder, built, name, "bfloat16", load_tokenizer(tokenizer), tokenizer)
     return json.loads((folder / "config.json").read_text()), built, loader
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_steel import cli
 from megatron_steel.checkpoint import commit
-from megatron_steel.convert import shards, verify
+from megatron_steel.convert import shards, sources, verify
 from megatron_steel.convert.hf import export
 from megatron_steel.errors import SteelError
 
@@ -138,11 +138,11 @@ def test_a_folder_that_needs_this_package_or_holds_other_weights_is_refused(runs
     folder = export(runs / "steel-z3-2", tmp_path / "out", "float32")
     checkpoint = runs / "steel-z3-2" / "checkpoints" / "step-00000002"
     with pytest.raises(SteelError, match="logits that differ by"):
-        verify.verify_export(checkpoint.with_name("step-00000001"), folder)
+        verify.verify_export(sources.find(checkpoint.with_name("step-00000001")), folder)
     code = folder / "modeling_steel.py"
     code.write_text(code.read_text() + "\nimport megatron_steel\n")
     with pytest.raises(SteelError, match=r"does not load in a fresh process: .*megatron_steel"):
-        verify.verify_export(checkpoint, folder)
+        verify.verify_export(sources.find(checkpoint), folder)
 
 
 def test_a_failed_verification_leaves_nothing(runs, tmp_path, monkeypatch):
