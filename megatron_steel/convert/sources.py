@@ -1,18 +1,18 @@
 """Where the weights of an export come from, and all else that it must know of them.
 
-A run folder or one of its checkpoints: the newest whole one, every file compared with its hash. What others trained is
-found in `foreign`. Must not know what an export looks like.
+A run folder or one of its checkpoints: the newest whole one, every file compared with its hash; or the mean of the last
+few whole ones. What others trained is found by `foreign`. Must not know what an export looks like.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
-from megatron_steel.checkpoint.commit import MANIFEST, Checkpoint, newest_whole
+from megatron_steel.checkpoint import zero
+from megatron_steel.checkpoint.commit import MANIFEST, Checkpoint, newest_whole, published
 from megatron_steel.checkpoint.commit import verify as verify_checkpoint
-from megatron_steel.checkpoint.zero import stream_weights
 from megatron_steel.errors import SteelError
 from megatron_steel.model.verdict import read_verdict
 from megatron_steel.recipe import Recipe, from_dict
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from megatron_steel.data.tokenizer import Tokenizer
 
-Weights = Callable[[], "Iterator[tuple[str, torch.Tensor]]"]
+Weights = Callable[[], "Iterator[tuple[str, tuple[int, ...], Iterable[torch.Tensor]]]"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Trained:
     """Its path is named in errors; its manifest holds the facts (of what others trained: at least `step`)."""
     config: "PretrainedConfig"
     weights: Weights
-    """Opens the files: every (name, fp32 tensor) once, a tied one under its first name only, one tensor in memory."""
+    """Opens the files: every (name, shape, flat pieces in fp32) once, a tied tensor under its first name only."""
     tokenizer: "Tokenizer | None"
     tokenizer_path: Path | None
     code: Path | None = None
@@ -46,15 +46,41 @@ class Trained:
     notes: tuple[tuple[str, str], ...] = ()
     """Rows for the model card that belong to this kind of source."""
 
+    @property
+    def label(self) -> str:
+        """Which weights these are, in a few words."""
+        steps = self.checkpoint.manifest.get("averaged_steps")
+        if steps:
+            return f"the mean of steps {', '.join(f'{step:,}' for step in steps)}"
+        return f"step {self.checkpoint.step:,}"
 
-def find(source: Path) -> Trained:
-    """What a run folder or a checkpoint holds.
+
+def find(source: Path, model: Path | None = None, average: int = 1) -> Trained:
+    """What a run folder, a checkpoint, or a ZeRO checkpoint of others holds.
+
+    Args:
+        model: the Hugging Face folder that describes a checkpoint of others.
+        average: the mean of so many of a run's last whole checkpoints.
 
     Raises:
-        SteelError: nothing whole there, a tokenizer that is gone or has changed, a model that cannot be described.
+        SteelError: nothing whole there, or fewer than `average`; a tokenizer that is gone or has changed; a model that
+            cannot be described; an option that does not go with this source.
     """
-    checkpoint = find_checkpoint(source)
-    return of_checkpoint(checkpoint)
+    from megatron_steel.convert import foreign
+
+    if average < 1:
+        raise SteelError(f"there is no mean of {average} checkpoints", "--average", "give a number from 1 on")
+    ours = (source / "checkpoints").is_dir() or (source / MANIFEST).is_file() or source.name.startswith("step-")
+    if not ours and foreign.is_foreign(source):
+        if average > 1:
+            raise SteelError("only the checkpoints of a run of megatron_steel can be averaged", source,
+                             "leave --average out")  # fmt: skip
+        return foreign.find(source, model)
+    if ours and model is not None:
+        raise SteelError("a run of megatron_steel knows its model by itself", source, "leave --model out")
+    if average > 1:
+        return _mean_of_run(source, average)
+    return of_checkpoint(find_checkpoint(source))
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> Trained:
@@ -71,7 +97,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
     return Trained(
         checkpoint=checkpoint,
         config=build_config(recipe.model, tokenizer.vocab_size),
-        weights=lambda: stream_weights(checkpoint.path),
+        weights=lambda: zero.stream_pieces(zero.contents(checkpoint.path)),
         tokenizer=tokenizer,
         tokenizer_path=Path(recipe.tokenizer.path),
         code=Path(recipe.model.path) if recipe.model.path else None,
@@ -99,7 +125,52 @@ def find_checkpoint(source: Path) -> Checkpoint:
     if (source / MANIFEST).is_file() or source.name.startswith("step-"):
         return verify_checkpoint(source)
     raise SteelError("there is no run folder and no checkpoint here", source,
-                     "name a run folder (it holds checkpoints/) or a step-N folder in one")  # fmt: skip
+                     "name a run folder (it holds checkpoints/), a step-N folder in one, or a folder that DeepSpeed or "
+                     "transformers' Trainer saved")  # fmt: skip
+
+
+def _mean_of_run(run: Path, count: int) -> Trained:
+    """The uniform mean of a run's last `count` whole checkpoints: "latest weight averaging" (Kaddour 2022,
+    arXiv:2209.14981; for language models Sanyal et al. 2023, arXiv:2306.03241). It stands in for the end of the learning
+    rate's decay: worth trying where a run was stopped at a high rate. Buffers and frozen weights are the newest one's.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise SteelError("the mean of several checkpoints needs a run folder", run, "name the run, not one checkpoint")
+    whole: list[Checkpoint] = []
+    for path in reversed(published(run / "checkpoints")):
+        try:
+            whole.append(verify_checkpoint(path))
+        except SteelError as problem:
+            dist.log.warning("passed over a checkpoint: %s", problem)
+        if len(whole) == count:
+            break
+    steps = [checkpoint.step for checkpoint in reversed(whole)]
+    if len(whole) < count:
+        there = f"steps {', '.join(map(str, steps))}" if steps else "none"
+        raise SteelError(f"the mean of {count} checkpoints is asked, and {len(whole)} are whole ({there})", run,
+                         f"use --average {len(whole)}" if len(whole) > 1 else "leave --average out")  # fmt: skip
+    newest = whole[0]
+    for other in whole[1:]:
+        if recipe_of(other).model != recipe_of(newest).model:
+            what = f"the checkpoints of steps {other.step} and {newest.step} are not of the same model"
+            raise SteelError(what, run, "average fewer checkpoints")
+    averaged = Checkpoint(newest.path, newest.manifest | {"averaged_steps": steps})
+    found = replace(of_checkpoint(newest), checkpoint=averaged, weights=lambda: _means(whole))
+    return replace(found, notes=(("weights", f"uniform {found.label.removeprefix('the ')}"),))
+
+
+def _means(checkpoints: list[Checkpoint]) -> "Iterator[tuple[str, tuple[int, ...], Iterable[torch.Tensor]]]":
+    newest, *others = [zero.contents(checkpoint.path) for checkpoint in checkpoints]
+    elsewhere = [{parameter.name: parameter for parameter in other.trained} for other in others]
+    for parameter in newest.trained:
+        same = [parameter, *(other[parameter.name] for other in elsewhere if parameter.name in other)]
+        if len(same) < len(checkpoints) or len({one.shape for one in same}) > 1:
+            raise SteelError(f"the checkpoints do not all hold {parameter.name} {parameter.shape}", parameter.file,
+                             "average fewer checkpoints")  # fmt: skip
+        pieces = zip(*(one.weight_in_pieces() for one in same), strict=True)
+        # In fp64, so that the mean is rounded once and does not depend on the order.
+        yield parameter.name, parameter.shape, (sum(p.double() for p in cut).div(len(cut)).float() for cut in pieces)
+    yield from zero.stream_pieces(replace(newest, trained=[]))
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:

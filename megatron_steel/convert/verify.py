@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_steel.convert.shards import cast
+from megatron_steel.convert.shards import converted
 from megatron_steel.convert.sources import Trained
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_model
@@ -90,8 +90,12 @@ def _trained_logits(trained: Trained, dtype: str, ids_BT: torch.Tensor) -> torch
     model = build_model(trained.config, seed=0).eval()
     state = model.state_dict()
     with torch.no_grad():
-        for name, tensor in trained.weights():
-            state[name].copy_(cast(name, tensor, dtype, trained.checkpoint.path))
+        for name, _, pieces in trained.weights():
+            whole, at = state[name], 0
+            rounded = getattr(torch, dtype) if whole.is_floating_point() else whole.dtype
+            for piece in converted(name, pieces, rounded, trained.checkpoint.path):
+                whole.view(-1)[at : at + piece.numel()].copy_(piece)
+                at += piece.numel()
         return model(input_ids=ids_BT, use_cache=False).logits
 
 
