@@ -12,6 +12,7 @@ Needs no process group, no GPU and nothing of DeepSpeed. Knows nothing of models
 
 import hashlib
 import importlib
+import math
 import os
 import pickle
 import re
@@ -60,10 +61,7 @@ class Stored:
 
     @property
     def size(self) -> int:
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape)
 
     def read(self, quantity: str, start: int = 0, count: int | None = None) -> "torch.Tensor":
         """`count` values from `start` of a quantity, flat, fp32, on the CPU; None: all that follow.
@@ -83,6 +81,19 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A tensor that need not be whole anywhere: its values come flat, in order, in pieces of any length, once."""
+
+    shape: tuple[int, ...]
+    pieces: "Iterable[torch.Tensor]"
+
+    def first_rows(self, count: int) -> "Weight":
+        """The tensor without its rows from `count` on."""
+        shape = (count, *self.shape[1:])
+        return Weight(shape, _first_values(self.pieces, math.prod(shape)))
+
+
+@dataclass(frozen=True)
 class Contents:
     """A checkpoint, opened: `step` is Adam's counter (0: no step was ever applied, and there are no moments)."""
 
@@ -92,12 +103,12 @@ class Contents:
     counters: dict[str, int]
 
 
-def stream_pieces(found: Contents) -> "Iterator[tuple[str, tuple[int, ...], Iterable[torch.Tensor]]]":
-    """`stream_weights` of what has been opened, with no tensor ever whole: (name, shape, flat pieces in order)."""
+def stream_pieces(found: Contents) -> Iterator[tuple[str, Weight]]:
+    """`stream_weights` of what has been opened, with no tensor ever whole (buffers and frozen weights apart)."""
     for parameter in found.trained:
-        yield parameter.name, parameter.shape, parameter.weight_in_pieces()
+        yield parameter.name, Weight(parameter.shape, parameter.weight_in_pieces())
     for name, tensor in found.others.items():
-        yield name, tuple(tensor.shape), (tensor.reshape(-1),)
+        yield name, Weight(tuple(tensor.shape), (tensor.reshape(-1),))
 
 
 def stream_weights(checkpoint: Path) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -339,6 +350,14 @@ def _untrained(states: list[dict[str, Any]], trained: list[Stored], sharded_weig
         for name, shape in (first.get("frozen_param_shapes") or {}).items()
     }
     return {name: first["module"][name] for name in first["buffer_names"]} | frozen
+
+
+def _first_values(pieces: "Iterable[torch.Tensor]", count: int) -> "Iterator[torch.Tensor]":
+    for piece in pieces:
+        if count <= 0:
+            return
+        yield piece[:count]
+        count -= piece.numel()
 
 
 def _slice(pieces: list["torch.Tensor"], start: int, count: int) -> "torch.Tensor":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_steel.checkpoint.zero import Weight
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import construct
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2_000_000_000
 INDEX = "model.safetensors.index.json"
-Pieces = tuple[str, tuple[int, ...], Iterable[torch.Tensor]]
-"""A tensor's name, shape and values: flat, in order, in pieces of any length."""
 _PIECE = 1 << 20  # values that are converted at a time: they stay in the processor's cache
 # As safetensors calls dtypes, in the order in which it lays tensors into a file.
 _CODES = (
@@ -95,12 +94,12 @@ def write_shards(
         dtypes = {name: tensor.dtype for name, tensor in weights}
     else:
         dtypes = dict.fromkeys(shapes, getattr(torch, dtype))
-    pieces = ((name, tuple(tensor.shape), (tensor.reshape(-1),)) for name, tensor in weights)
+    pieces = ((name, Weight(tuple(tensor.shape), (tensor.reshape(-1),))) for name, tensor in weights)
     return write_pieces(pieces, shapes, folder, dtypes, where)
 
 
 def write_pieces(
-    weights: Iterable[Pieces],
+    weights: Iterable[tuple[str, Weight]],
     shapes: dict[str, tuple[int, ...]],
     folder: Path,
     dtypes: Mapping[str, torch.dtype],
@@ -124,12 +123,12 @@ def write_pieces(
         begin = _write_header(file, tensors, shapes, dtypes)
         places |= {name: (file, begin + at) for name, at in tensors.items()}
     missing = dict(shapes)
-    for name, shape, pieces in weights:
-        _expect(name, shape, missing, where)
+    for name, weight in weights:
+        _expect(name, weight.shape, missing, where)
         file, at = places[name]
         with file.open("r+b") as stream:
             stream.seek(at)
-            for piece in converted(name, pieces, dtypes[name], where):
+            for piece in converted(name, weight.pieces, dtypes[name], where):
                 stream.write(piece.view(torch.uint8).numpy())
     if missing:
         name, shape = next(iter(missing.items()))

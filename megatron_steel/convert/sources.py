@@ -4,7 +4,7 @@ A run folder or one of its checkpoints: the newest whole one, every file compare
 few whole ones. What others trained is found by `foreign`. Must not know what an export looks like.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,11 @@ from megatron_steel.model.verdict import read_verdict
 from megatron_steel.recipe import Recipe, from_dict
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig
 
     from megatron_steel.data.tokenizer import Tokenizer
 
-Weights = Callable[[], "Iterator[tuple[str, tuple[int, ...], Iterable[torch.Tensor]]]"]
+Weights = Callable[[], Iterator[tuple[str, zero.Weight]]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Trained:
     """Its path is named in errors; its manifest holds the facts (of what others trained: at least `step`)."""
     config: "PretrainedConfig"
     weights: Weights
-    """Opens the files: every (name, shape, flat pieces in fp32) once, a tied tensor under its first name only."""
+    """Opens the files and gives every tensor once, trained ones in fp32, a tied one under its first name only."""
     tokenizer: "Tokenizer | None"
     tokenizer_path: Path | None
     code: Path | None = None
@@ -159,7 +158,7 @@ def _mean_of_run(run: Path, count: int) -> Trained:
     return replace(found, notes=(("weights", f"uniform {found.label.removeprefix('the ')}"),))
 
 
-def _means(checkpoints: list[Checkpoint]) -> "Iterator[tuple[str, tuple[int, ...], Iterable[torch.Tensor]]]":
+def _means(checkpoints: list[Checkpoint]) -> Iterator[tuple[str, zero.Weight]]:
     newest, *others = [zero.contents(checkpoint.path) for checkpoint in checkpoints]
     elsewhere = [{parameter.name: parameter for parameter in other.trained} for other in others]
     for parameter in newest.trained:
@@ -169,7 +168,8 @@ def _means(checkpoints: list[Checkpoint]) -> "Iterator[tuple[str, tuple[int, ...
                              "average fewer checkpoints")  # fmt: skip
         pieces = zip(*(one.weight_in_pieces() for one in same), strict=True)
         # In fp64, so that the mean is rounded once and does not depend on the order.
-        yield parameter.name, parameter.shape, (sum(p.double() for p in cut).div(len(cut)).float() for cut in pieces)
+        mean = (sum(piece.double() for piece in cut).div(len(cut)).float() for cut in pieces)
+        yield parameter.name, zero.Weight(parameter.shape, mean)
     yield from zero.stream_pieces(replace(newest, trained=[]))
 
 

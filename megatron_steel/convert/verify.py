@@ -90,10 +90,10 @@ def _trained_logits(trained: Trained, dtype: str, ids_BT: torch.Tensor) -> torch
     model = build_model(trained.config, seed=0).eval()
     state = model.state_dict()
     with torch.no_grad():
-        for name, _, pieces in trained.weights():
+        for name, weight in trained.weights():
             whole, at = state[name], 0
             rounded = getattr(torch, dtype) if whole.is_floating_point() else whole.dtype
-            for piece in converted(name, pieces, rounded, trained.checkpoint.path):
+            for piece in converted(name, weight.pieces, rounded, trained.checkpoint.path):
                 whole.view(-1)[at : at + piece.numel()].copy_(piece)
                 at += piece.numel()
         return model(input_ids=ids_BT, use_cache=False).logits

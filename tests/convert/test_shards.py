@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron_steel.checkpoint.zero import Weight
 from megatron_steel.convert import shards
 from megatron_steel.errors import SteelError
 
@@ -50,7 +51,7 @@ def test_pieces_of_any_length_in_any_order_give_the_same_file(dtype, piece, tmp_
         "n": torch.tensor([1 << 40, 3])
     }
     dtypes = dict.fromkeys(tensors, getattr(torch, dtype)) | {"n": torch.int64}
-    pieces = ((name, tuple(t.shape), t.reshape(-1).split(piece)) for name, t in reversed(tensors.items()))
+    pieces = ((name, Weight(tuple(t.shape), t.reshape(-1).split(piece))) for name, t in reversed(tensors.items()))
     shards.write_pieces(pieces, _shapes(tensors), tmp_path, dtypes, tmp_path)
     assert _same_bytes(tmp_path, {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()})
 
@@ -100,3 +101,12 @@ def test_names_that_are_not_the_models_are_named(names, says, tmp_path):
         shards.write_shards(
             [(n, torch.ones(2)) for n in names], {"a.w": (2,), "b.w": (2,)}, tmp_path, "float32", tmp_path
         )
+
+
+@pytest.mark.parametrize("piece", [1, 4, 6, 7, 100])
+@pytest.mark.parametrize("rows", [0, 2, 5])
+def test_first_rows_are_the_first_rows_however_the_tensor_is_cut(rows, piece):
+    tensor = torch.randn(5, 3, generator=GENERATOR)
+    cut = Weight((5, 3), tensor.view(-1).split(piece)).first_rows(rows)
+    assert cut.shape == (rows, 3)
+    assert torch.equal(torch.cat([torch.zeros(0), *cut.pieces]).view(cut.shape), tensor[:rows])
