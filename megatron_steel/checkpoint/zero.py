@@ -10,20 +10,17 @@ The files may be anybody's: ours differ only in that they hold the names of stag
 Needs no process group, no GPU and nothing of DeepSpeed. Knows nothing of models: names and shapes come from the files.
 """
 
-import hashlib
 import importlib
 import math
 import os
 import pickle
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_steel import dist
 from megatron_steel.checkpoint.commit import ENGINE
 from megatron_steel.errors import SteelError
 
@@ -98,7 +95,7 @@ class Contents:
     """A checkpoint, opened: `step` is Adam's counter (0: no step was ever applied, and there are no moments)."""
 
     trained: list[Stored]
-    others: "dict[str, torch.Tensor]"  # persistent buffers and frozen weights, in their own dtype
+    others: "Mapping[str, torch.Tensor]"  # persistent buffers and frozen weights, in their own dtype
     step: int
     counters: dict[str, int]
 
@@ -253,7 +250,10 @@ def _stage0(state: dict[str, Any], file: Path) -> tuple[list[Stored], int]:
     """Stage 0: rank 0 holds all. In bf16 the fp32 weights lie in the optimizer: tensor by tensor, or a flat group each."""
     optimizer, module = state["optimizer"], state["module"]
     if CLIENT_STATE not in state:
-        return _unnamed(state, file), 0
+        from megatron_steel.checkpoint.unnamed import weights_of_stage0
+
+        named = weights_of_stage0(state, file)
+        return [Stored(name, tuple(t.shape), 0, {WEIGHT: [t.flatten()]}, file) for name, t in named.items()], 0
     inner = optimizer.get("optimizer_state_dict", optimizer)
     groups = state[CLIENT_STATE]["group_names"]
     if "fp32_groups_flat" in optimizer:
@@ -270,56 +270,6 @@ def _stage0(state: dict[str, Any], file: Path) -> tuple[list[Stored], int]:
     return found, step
 
 
-def _unnamed(state: dict[str, Any], file: Path) -> list[Stored]:
-    """Stage 0 of others, who note no names: the module's weights, and fp32 ones where it is certain whose they are.
-
-    That is where rounding one gives exactly the bits of one weight, and of no other.
-    """
-    weights: dict[str, torch.Tensor] = {}
-    known = set()
-    for name, tensor in state["module"].items():
-        if name not in state["buffer_names"] and tensor.untyped_storage().data_ptr() not in known:
-            known.add(tensor.untyped_storage().data_ptr())  # a tied one comes under its first name
-            weights[name] = tensor
-    optimizer = state["optimizer"] or {}
-    groups = optimizer.get("fp32_groups") or [
-        _cut_by_content(f, weights) for f in optimizer.get("fp32_groups_flat", [])
-    ]
-    names, masters = Counter(map(_bits, weights.values())), [m.detach() for group in groups for m in group]
-    rounded = [_bits(master.to(next(iter(weights.values())).dtype)) for master in masters]
-    times = Counter(rounded)
-    certain = {bits: m for bits, m in zip(rounded, masters, strict=True) if times[bits] == names[bits] == 1}
-    found = {name: certain.get(_bits(tensor), tensor) for name, tensor in weights.items()}
-    rest = sum(tensor.dtype.itemsize < 4 for tensor in found.values())
-    if masters:
-        dist.log.info(
-            "%s does not say which fp32 weight is which: %d of %d tensors are known by what they round to, %d are taken "
-            "as the model held them", file, len(found) - rest, len(found), rest,
-        )  # fmt: skip
-    return [Stored(n, tuple(t.shape), 0, {WEIGHT: [t.flatten()]}, file) for n, t in found.items()]
-
-
-def _cut_by_content(flat: "torch.Tensor", weights: "dict[str, torch.Tensor]") -> "list[torch.Tensor]":
-    """A group's fp32 weights laid end to end, cut where they round to weights in the model's order; [] where they do not."""
-    import torch
-
-    found, at = [], 0
-    for tensor in weights.values():
-        cut = flat[at : at + tensor.numel()]
-        if cut.numel() == tensor.numel() and torch.equal(cut.to(tensor.dtype), tensor.flatten()):
-            found.append(cut.view(tensor.shape))
-            at += cut.numel()
-    return found if at == flat.numel() else []
-
-
-def _bits(tensor: "torch.Tensor") -> tuple[Any, ...]:
-    """Equal for tensors of equal shape, dtype and bits."""
-    import torch
-
-    digest = hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
-    return tuple(tensor.shape), str(tensor.dtype), digest
-
-
 def _moments(parts: list[dict[str, Any]], key: str, number: int) -> "tuple[dict[str, list[torch.Tensor]], int]":
     """Of the optimizer's tensor `number`: its moments on every rank (none before the first step), and Adam's counter."""
     states = [part[key]["state"].get(number, {}) for part in parts]
@@ -331,7 +281,26 @@ def _moments(parts: list[dict[str, Any]], key: str, number: int) -> "tuple[dict[
     return {quantity: [state[quantity] for state in states] for quantity in MOMENTS}, step
 
 
-def _untrained(states: list[dict[str, Any]], trained: list[Stored], sharded_weights: bool) -> "dict[str, torch.Tensor]":
+class _Joined(Mapping[str, "torch.Tensor"]):
+    """Tensors by name, each joined from the ranks' cuts when it is asked for, and not kept."""
+
+    def __init__(self, cuts: "dict[str, tuple[list[torch.Tensor], torch.Size]]"):
+        self._cuts = cuts
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        cuts, shape = self._cuts[name]
+        return _slice([cut.flatten() for cut in cuts], 0, shape.numel()).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cuts)
+
+    def __len__(self) -> int:
+        return len(self._cuts)
+
+
+def _untrained(
+    states: list[dict[str, Any]], trained: list[Stored], sharded_weights: bool
+) -> "Mapping[str, torch.Tensor]":
     """Persistent buffers and frozen weights, by name."""
     first = states[0]
     if not sharded_weights:  # rank 0's file holds the whole module, tied weights under each name
@@ -345,11 +314,12 @@ def _untrained(states: list[dict[str, Any]], trained: list[Stored], sharded_weig
                 found[name] = tensor
                 seen.add(place)
         return found
+    buffers = {name: ([first["module"][name]], first["module"][name].shape) for name in first["buffer_names"]}
     frozen = {
-        name: _slice([s["frozen_param_fragments"][name].flatten() for s in states], 0, shape.numel()).view(shape)
+        name: ([state["frozen_param_fragments"][name] for state in states], shape)
         for name, shape in (first.get("frozen_param_shapes") or {}).items()
     }
-    return {name: first["module"][name] for name in first["buffer_names"]} | frozen
+    return _Joined(buffers | frozen)
 
 
 def _first_values(pieces: "Iterable[torch.Tensor]", count: int) -> "Iterator[torch.Tensor]":

@@ -53,7 +53,7 @@ def write_companions(
     if tokenizer is not None and source is not None:
         # First, while there is no config.json: transformers would ask whether to run the code that it names.
         copy_tokenizer(source, folder, tokenizer)
-        ids = special_ids(source, tokenizer)
+        ids = special_ids(folder if source.is_dir() else source, tokenizer)
     tree = config_tree(config, architecture, dtype, ids)
     generation = {key: value for key, value in ids.items() if value is not None}
     if "eos_token_id" in generation:

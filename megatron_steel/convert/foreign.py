@@ -63,6 +63,8 @@ def _trained(path: Path, model: Path | None, source: Path) -> Trained:
     from megatron_steel.recipe import Model
 
     states = _states_of(path)
+    if model is not None and not (model / "config.json").is_file():
+        raise SteelError("the model's folder has no config.json", model, "name another folder: --model HF_DIR")
     folder = _first((model, path, path.parent), "config.json")
     if folder is None:
         raise SteelError("the checkpoint says nothing of its model: there is no config.json beside it", path,

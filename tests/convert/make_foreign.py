@@ -1,9 +1,10 @@
 """Not a test: run by `test_foreign_checkpoints` under the launcher. Trains small models as others do, without this package,
-and writes beside each checkpoint the fp32 weights that DeepSpeed's own converter finds in it.
+and writes beside each checkpoint the fp32 weights that DeepSpeed's own converter finds in it (at stage 0, which it does not
+know, the optimizer's own).
 
     deepspeed --num_gpus RANKS make_foreign.py CASES.json TOKENIZER OUTPUT
 
-A case is {by: "trainer" | "loop", stage, precision, type, config, groups, frozen}. `by: trainer` is transformers' Trainer,
+A case is {by: "trainer" | "loop", stage, precision, type, config, groups, frozen, wrapped}. `by: trainer` is transformers' Trainer,
 which saves at steps 1 and 2 into `OUTPUT/NAME`; `by: loop` calls the engine itself and saves into `OUTPUT/NAME/saved`.
 """
 
@@ -73,12 +74,21 @@ def by_loop(case: dict, tokenizer: str, output: Path) -> None:
         engine.backward(model(input_ids=batch, labels=batch).loss)
         engine.step()
     engine.save_checkpoint(str(output / "saved"))
+    if not case["stage"] and rank == 0:
+        torch.save(masters(engine), output / "reference.pt")
 
 
-def reference(saved: Path, case: dict, output: Path) -> None:
-    if case["stage"]:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(saved))
-        torch.save({name: tensor.clone() for name, tensor in weights.items()}, output / "reference.pt")
+def reference(saved: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in get_fp32_state_dict_from_zero_checkpoint(str(saved)).items()}
+
+
+def masters(engine) -> dict[str, torch.Tensor]:
+    found = {name: p.detach() for name, p in engine.module.named_parameters()}
+    for low, high in zip(
+        getattr(engine.optimizer, "fp16_groups", []), getattr(engine.optimizer, "fp32_groups", []), strict=True
+    ):
+        found |= {engine.param_names[p]: master.detach() for p, master in zip(low, high, strict=True)}
+    return found
 
 
 def main(cases: str, tokenizer: str, output: str) -> None:
@@ -89,8 +99,10 @@ def main(cases: str, tokenizer: str, output: str) -> None:
         folder = Path(output) / name
         (by_trainer if case["by"] == "trainer" else by_loop)(case, tokenizer, folder)
         torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0:
-            reference(folder / ("checkpoint-2" if case["by"] == "trainer" else "saved"), case, folder)
+        if case["stage"] and torch.distributed.get_rank() == 0:
+            torch.save(
+                reference(folder / ("checkpoint-2" if case["by"] == "trainer" else "saved")), folder / "reference.pt"
+            )
     torch.distributed.barrier()
 
 
