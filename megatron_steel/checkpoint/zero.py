@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel.checkpoint.commit import ENGINE
+from megatron_steel.checkpoint.mapped import forget
 from megatron_steel.errors import SteelError
 
 if TYPE_CHECKING:
@@ -72,9 +73,13 @@ class Stored:
         return found.detach().float()
 
     def weight_in_pieces(self) -> "Iterator[torch.Tensor]":
-        """The weight from its first value to its last, a few megabytes at a time."""
-        for start in range(0, self.size, _PIECE):
+        """The weight from its first value to its last, a few megabytes at a time; what was read is let go of."""
+        for number, start in enumerate(range(0, self.size, _PIECE), 1):
             yield self.read(WEIGHT, start, min(_PIECE, self.size - start))
+            if number % 16 == 0:
+                forget(self.file.parent)
+        if self.size >= _PIECE:
+            forget(self.file.parent)
 
 
 @dataclass(frozen=True)

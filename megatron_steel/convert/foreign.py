@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LATEST = "latest"  # DeepSpeed's pointer: the name of the folder with the newest files
 _TRAINERS = re.compile(r"^checkpoint-(\d+)$")
 _STATES = "*model_states.pt"
+_GENERATION = "generation_config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
@@ -71,6 +72,7 @@ def _trained(path: Path, model: Path | None, source: Path) -> Trained:
                          "name the model's folder: --model HF_DIR")  # fmt: skip
     found = zero.opened(states)
     tokenizer_path, tokenizer = _tokenizer((path, model, path.parent, source))
+    generation = _first((path, model), _GENERATION)
     step = _step(path, found.counters)
     wrote = "transformers' Trainer" if (path / "trainer_state.json").is_file() else "a DeepSpeed training loop"
     return Trained(
@@ -80,6 +82,7 @@ def _trained(path: Path, model: Path | None, source: Path) -> Trained:
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
         code=folder,
+        generation=generation / _GENERATION if generation else None,
         foreign=True,
         notes=(("checkpoint", f"`{path.name}`, written by {wrote}; not hashed by the trainer"),),
     )

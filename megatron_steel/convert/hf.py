@@ -69,6 +69,8 @@ def export(
         loader = companions.write_companions(
             folder, config, blueprint.architecture, dtype, trained.tokenizer, trained.tokenizer_path, trained.code
         )
+        if trained.generation is not None:
+            shutil.copyfile(trained.generation, folder / trained.generation.name)
         difference = verify_export(trained, folder) if verify else None
         if report is None and audit is not None:
             report = audit(folder)  # only here can others' weights be loaded as a model

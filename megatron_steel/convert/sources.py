@@ -5,6 +5,7 @@ few whole ones. What others trained is found by `foreign`. Must not know what an
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ class Trained:
     tokenizer_path: Path | None
     code: Path | None = None
     """The folder whose modelling code must travel, where the model is neither Steel nor a class of transformers."""
+    generation: Path | None = None
+    """A generation_config.json that others chose, to be kept."""
     verdict: dict[str, Any] | None = None
     """The audit's report, where there is one."""
     foreign: bool = False
@@ -77,9 +80,15 @@ def find(source: Path, model: Path | None = None, average: int = 1) -> Trained:
         return foreign.find(source, model)
     if ours and model is not None:
         raise SteelError("a run of megatron_steel knows its model by itself", source, "leave --model out")
+    if not ours:
+        find_checkpoint(source)  # raises
     if average > 1:
         return _mean_of_run(source, average)
-    return of_checkpoint(find_checkpoint(source))
+    with ThreadPoolExecutor(1) as aside:
+        finding = aside.submit(find_checkpoint, source)
+        import megatron_steel.model.build  # noqa: F401  (takes as long as hashing, which needs no interpreter)
+
+        return of_checkpoint(finding.result())
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> Trained:

@@ -41,6 +41,7 @@ def ids(rank: int, step: int, vocab_size: int) -> torch.Tensor:
 
 def by_trainer(case: dict, tokenizer: str, output: Path) -> None:
     from accelerate.state import AcceleratorState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     model = fresh_model(case)
     rows = [{"input_ids": (i := ids(0, n, model.config.vocab_size)[0].tolist()), "labels": i} for n in range(16)]
@@ -52,6 +53,7 @@ def by_trainer(case: dict, tokenizer: str, output: Path) -> None:
         adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(tokenizer)).train()
+    unset_hf_deepspeed_config()  # or the next model would be built in shards
     AcceleratorState._reset_state()
     PartialState._reset_state()
 

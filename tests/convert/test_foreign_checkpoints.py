@@ -90,6 +90,9 @@ def test_weights_are_those_that_deepspeed_finds(name, made, tmp_path, caplog):
     assert ("known by what they round to" in caplog.text) == (name == "loop-0")
     assert "not hashed by the trainer" in (out / "README.md").read_text()
     assert (out / "tokenizer.json").is_file()
+    theirs = source / "checkpoint-2" / "generation_config.json"
+    if theirs.is_file():
+        assert (out / theirs.name).read_bytes() == theirs.read_bytes()
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
 
 

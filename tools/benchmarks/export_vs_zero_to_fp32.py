@@ -6,9 +6,9 @@ Both read the same checkpoint, of a Qwen2 model (0.5b: the sizes of Qwen1.5-0.5B
 ranks, ZeRO-3, bf16, after one step; `--work` keeps it. Each way runs in fresh processes, in turn, each first in every
 second pair, the checkpoint in the page cache; first both give the same tensors by name, bit for bit.
 
-Times are wall time with start-up; ours also hashes the whole checkpoint and syncs what it wrote. Memory is the peak of one
-process: `rss` counts the pages of mapped files too, which the kernel drops when others need them; `anonymous` does not
-(sampled every 10 ms).
+Times are wall time with start-up, and CPU time of all threads; ours also hashes the whole checkpoint, on as many threads as
+it has files, and syncs what it wrote. Memory is the peak of one process: `rss` counts the pages of mapped files too, which
+the kernel drops when others need them; `anonymous` does not (sampled every 10 ms).
 """
 
 import argparse
@@ -157,14 +157,14 @@ def compare(run: Path, scratch: Path, pairs: int) -> dict[str, Any]:
         for path in scratch.glob(f"*-{pair}*"):
             shutil.rmtree(path)
     medians = {n: {k: statistics.median(row[n][k] for row in rows) for k in rows[0][n]} for n in ways} if rows else {}
-    ratios = {k: [row["usual"][k] / row["ours"][k] for row in rows] for k in ("seconds", "rss_mb", "anonymous_mb")}
+    ratios = {k: [row["usual"][k] / row["ours"][k] for row in rows] for k in rows[0]["ours"]} if rows else {}
     return {"equal": equal, "checkpoint_bytes": size_of(checkpoint), "medians": medians, "ratios": ratios, "rows": rows}
 
 
 def timed(commands: list[list[str]], out: Path, checkpoint: Path) -> dict[str, float]:
     """Seconds of all commands together, and the highest peak of one, in MB."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    seconds = rss = anonymous = 0.0
+    seconds = cpu = rss = anonymous = 0.0
     for command in commands:
         begin = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -174,6 +174,7 @@ def timed(commands: list[list[str]], out: Path, checkpoint: Path) -> dict[str, f
         problems = process.stderr.read() if process.stderr else b""
         _, status, usage = os.wait4(process.pid, 0)
         seconds += time.perf_counter() - begin
+        cpu += usage.ru_utime + usage.ru_stime
         process.returncode = os.waitstatus_to_exitcode(status)
         watcher.join()
         if process.returncode:
@@ -181,7 +182,7 @@ def timed(commands: list[list[str]], out: Path, checkpoint: Path) -> dict[str, f
         rss, anonymous = max(rss, usage.ru_maxrss / 1024), max(anonymous, peak[0])
         if str(out) + ".fp32" in command:
             write_config(checkpoint, Path(f"{out}.fp32"))
-    return {"seconds": seconds, "rss_mb": rss, "anonymous_mb": anonymous}
+    return {"seconds": seconds, "cpu_seconds": cpu, "rss_mb": rss, "anonymous_mb": anonymous}
 
 
 def watch(pid: int, peak: list[float]) -> None:
@@ -245,7 +246,7 @@ def table(result: dict[str, Any]) -> str:
              "| | ours | zero_to_fp32 + save_pretrained | ratio (range) |", "|---|---|---|---|"]  # fmt: skip
     if not result["rows"]:
         return lines[0]
-    for key, unit in (("seconds", "s"), ("rss_mb", "MB"), ("anonymous_mb", "MB")):
+    for key, unit in (("seconds", "s"), ("cpu_seconds", "s"), ("rss_mb", "MB"), ("anonymous_mb", "MB")):
         ratios = result["ratios"][key]
         ours, usual = (result["medians"][name][key] for name in ("ours", "usual"))
         lines.append(f"| {key} | {ours:,.1f} {unit} | {usual:,.1f} {unit} | "
