@@ -39,7 +39,7 @@ def ids(rank: int, step: int, vocab_size: int) -> torch.Tensor:
     return torch.randint(0, vocab_size, (2, 16), generator=torch.Generator().manual_seed(100 * rank + step))
 
 
-def by_trainer(case: dict, tokenizer: str, output: Path) -> None:
+def by_trainer(case: dict, tokenizer: str, output: Path) -> torch.nn.Module:
     from accelerate.state import AcceleratorState, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -56,9 +56,10 @@ def by_trainer(case: dict, tokenizer: str, output: Path) -> None:
     unset_hf_deepspeed_config()  # or the next model would be built in shards
     AcceleratorState._reset_state()
     PartialState._reset_state()
+    return model
 
 
-def by_loop(case: dict, tokenizer: str, output: Path) -> None:
+def by_loop(case: dict, tokenizer: str, output: Path) -> torch.nn.Module:
     rank = torch.distributed.get_rank()
     model = fresh_model(case)
     if rank == 0:
@@ -78,6 +79,7 @@ def by_loop(case: dict, tokenizer: str, output: Path) -> None:
     engine.save_checkpoint(str(output / "saved"))
     if not case["stage"] and rank == 0:
         torch.save(masters(engine), output / "reference.pt")
+    return wrapped
 
 
 def reference(saved: Path) -> dict[str, torch.Tensor]:
