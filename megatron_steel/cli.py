@@ -151,6 +151,8 @@ def _models(verb: AddVerb) -> None:
     p.add_argument("--verify", action="store_true", help="reload in a fresh process and compare logits")
     p.add_argument("--average", type=int, default=1, metavar="K", help="the mean of a run's last K whole checkpoints")
     p.add_argument("--model", metavar="HF_DIR", help="what a checkpoint of another trainer is of: config.json, tokenizer")
+    p.add_argument("--cut-padding", action="store_true", help="leave out rows of the vocabulary that are no token's")
+    p.add_argument("--license", dest="license_id", metavar="ID", help="for the model card, as in apache-2.0")
 
     p = verb(
         verbs.import_hf,

@@ -2,11 +2,12 @@
 
 1. `sources`: the newest whole checkpoint of a run folder, one checkpoint, the mean of several, or what others trained.
 2. Weights stream from DeepSpeed's files into safetensors shards (`shards`), each name and shape checked.
-3. `companions` writes configuration, code and tokenizer beside them, `card` the README; the audit's verdict goes along.
+3. `companions` writes configuration, code and tokenizer beside them, `card` the README; the audit's verdict goes along,
+   and `checksums` lists them all.
 4. With `verify` a fresh process without this package loads the folder and gives the same logits (`verify`).
 5. The folder is synced and takes its name. Until then it lies in `.NAME.tmp` beside it.
 
-Parameter names never change on the way. Must not know how the model was trained or which ZeRO stage wrote it.
+Parameter names never change on the way, but where files have always had another (`names`). Must not know how the model was trained or which ZeRO stage wrote it.
 """
 
 import contextlib
@@ -31,6 +32,8 @@ def export(
     audit: Callable[[Path], dict[str, Any]] | None = None,
     model: str | os.PathLike[str] | None = None,
     average: int = 1,
+    cut_padding: bool = False,
+    license_id: str | None = None,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder; a few megabytes of weights are in memory at a time.
 
@@ -43,6 +46,8 @@ def export(
         audit: gives the report on a checkpoint whose run has no `audit.json`, or on a Hugging Face folder.
         model: a Hugging Face folder that describes what others trained, where the checkpoint itself does not.
         average: export the mean of so many of a run's last whole checkpoints.
+        cut_padding: leave out the rows of the vocabulary that belong to no token.
+        license_id: for the card, as hubs name licences.
 
     Returns: the published folder.
     Raises:
@@ -51,21 +56,29 @@ def export(
     """
     import torch
 
-    from megatron_steel.convert import card, companions, shards, sources
+    from megatron_steel.convert import card, checksums, companions, names, padding, shards, sources, upload
     from megatron_steel.convert.verify import verify_export
 
     if dtype not in DTYPES:
         raise SteelError(f"there is no dtype {dtype!r} for weights", "--dtype", f"use one of {', '.join(DTYPES)}")
+    card.require_license(license_id)
     target = Path(output).absolute()
     refuse_used(target)
     trained = sources.find(Path(source), Path(model) if model is not None else None, average)
     where, config, report = trained.checkpoint.path, trained.config, trained.verdict
     if report is None and audit is not None and not trained.foreign:
         report = audit(where)
-    blueprint = shards.blueprint_of(config)
-    dtypes = dict.fromkeys(blueprint.shapes, getattr(torch, dtype)) | blueprint.integers
+    whole = blueprint = shards.blueprint_of(config)
+    if cut_padding:
+        config = padding.without_padding(config, trained.tokenizer)
+        blueprint = shards.blueprint_of(config)
+        padding.require_cuttable(whole.shapes, blueprint.shapes)
+    rows = padding.padding_rows(config, trained.tokenizer)
+    shapes = dict(names.published(config.model_type, blueprint.shapes.items()))
+    dtypes = dict.fromkeys(shapes, getattr(torch, dtype)) | blueprint.integers
     with publishing(target) as folder:
-        files = shards.write_pieces(trained.weights(), blueprint.shapes, folder, dtypes, where)
+        weights = names.published(config.model_type, padding.cut_rows(trained.weights(), whole.shapes, blueprint.shapes))
+        files = shards.write_pieces(weights, shapes, folder, dtypes, where)
         loader = companions.write_companions(
             folder, config, blueprint.architecture, dtype, trained.tokenizer, trained.tokenizer_path, trained.code
         )
@@ -76,13 +89,17 @@ def export(
             report = audit(folder)  # only here can others' weights be loaded as a model
         if report is not None:
             write_verdict(folder, report)
-        card.write_card(
-            folder, target.name, trained.checkpoint, config, blueprint.parameters, dtype, loader, difference, trained.notes
-        )  # fmt: skip
+        cut = len(padding.padding_rows(trained.config, trained.tokenizer)) - len(rows)
+        made = card.Made(config, blueprint.shapes, dtype, loader, rows, cut, difference, license_id, trained.notes)
+        card.write_card(folder, target.name, trained.checkpoint, made)
+        checksums.write_checksums(folder)
     print(
         f"{output}: {blueprint.architecture} of {trained.label}, {blueprint.parameters:,} parameters "
         f"in {dtype}, {len(files)} weight file{'s' if len(files) > 1 else ''}"
     )
+    if rows:
+        print(f"rows {rows.start}..{rows.stop - 1} of the vocabulary belong to no token (--cut-padding leaves them out)")
+    print(upload.upload_commands(output, bool(license_id)))
     return target
 
 
