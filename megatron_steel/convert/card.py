@@ -63,9 +63,7 @@ def write_card(folder: Path, name: str, checkpoint: "Checkpoint", made: Made) ->
     parts = [
         _front_matter(made.license, start),
         f"# {name}",
-        f"{f'Trained further from `{Path(start).name}`' if start else 'Pretrained from scratch'} with megatron_steel"
-        f"{' ' + manifest['versions'].get('megatron_steel', '') if 'versions' in manifest else ''}."
-        if manifest.get("recipe") else "Exported with megatron_steel.",
+        _origin(manifest, start),
         _WARNING if future else "",
         "## The model",
         _table([*card_facts.architecture(config, made.shapes, made.dtype), *_padding(made),
@@ -91,11 +89,25 @@ def _front_matter(license_id: str | None, start: str | None) -> str:
     tree: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if license_id:
         tree["license"] = license_id
-    found = _HUB.fullmatch(start or "")
-    if found and found[3] not in _OUR_FOLDERS:
-        tree["base_model"] = f"{found[1] or found[3]}/{found[2] or found[4]}"
+    if base := _on_the_hub(start):
+        tree["base_model"] = base
     comment = "" if license_id else "# license: choose one before you publish\n"
     return f"---\n{yaml.safe_dump(tree, sort_keys=False)}{comment}---"
+
+
+def _on_the_hub(start: str | None) -> str | None:
+    """ORG/NAME of the model that a run started from, where its path says so."""
+    found = _HUB.fullmatch(start or "")
+    if not found or found[3] in _OUR_FOLDERS:
+        return None
+    return f"{found[1] or found[3]}/{found[2] or found[4]}"
+
+
+def _origin(manifest: dict[str, Any], start: str | None) -> str:
+    if not manifest.get("recipe"):
+        return "Exported by megatron_steel from a checkpoint of another trainer."
+    how = f"Trained further from `{_on_the_hub(start) or Path(start).name}`" if start else "Pretrained from scratch"
+    return f"{how} with megatron_steel {manifest.get('versions', {}).get('megatron_steel', '')}".rstrip() + "."
 
 
 def _padding(made: Made) -> list[tuple[str, str]]:

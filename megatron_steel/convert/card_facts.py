@@ -58,7 +58,8 @@ def _parameters(config: "PretrainedConfig", shapes: dict[str, tuple[int, ...]]) 
 
 def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
     """Length, batch, optimizer, precision, machines, speed."""
-    rows = [("training", f"{manifest['step']:,} steps, {manifest.get('tokens', 0):,} tokens")]
+    tokens = f", {manifest['tokens']:,} tokens" if "tokens" in manifest else ""
+    rows = [("training", f"{manifest['step']:,} steps{tokens}")]
     recipe = manifest.get("recipe")
     if recipe:
         train, optim, schedule = recipe["train"], recipe["optim"], recipe["schedule"]
