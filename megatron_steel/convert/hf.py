@@ -77,7 +77,9 @@ def export(
     shapes = dict(names.published(config.model_type, blueprint.shapes.items()))
     dtypes = dict.fromkeys(shapes, getattr(torch, dtype)) | blueprint.integers
     with publishing(target) as folder:
-        weights = names.published(config.model_type, padding.cut_rows(trained.weights(), whole.shapes, blueprint.shapes))
+        weights = names.published(
+            config.model_type, padding.cut_rows(trained.weights(), whole.shapes, blueprint.shapes)
+        )
         files = shards.write_pieces(weights, shapes, folder, dtypes, where)
         loader = companions.write_companions(
             folder, config, blueprint.architecture, dtype, trained.tokenizer, trained.tokenizer_path, trained.code
@@ -98,7 +100,9 @@ def export(
         f"in {dtype}, {len(files)} weight file{'s' if len(files) > 1 else ''}"
     )
     if rows:
-        print(f"rows {rows.start}..{rows.stop - 1} of the vocabulary belong to no token (--cut-padding leaves them out)")
+        print(
+            f"rows {rows.start}..{rows.stop - 1} of the vocabulary belong to no token (--cut-padding leaves them out)"
+        )
     print(upload.upload_commands(output, bool(license_id)))
     return target
 
