@@ -218,7 +218,7 @@ def test_card_says_what_the_model_is(run, runs, tmp_path):
     rows = [{"step": 1, "validation_loss": 4.5}, {"step": 2, "loss": 4.4}, {"step": 9, "validation_loss": 1.0}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 2, "valid')
     card = (export(run, tmp_path / "causal") / "README.md").read_text()
-    for fact in ("4.5000 nats per token at step 1", "2 steps, 128 tokens", "made-up (4,321 tokens)", "license: choose"):
+    for fact in ("4.5000 nats per token at step 1", "2 steps, 128 tokens", "| made-up | 4,321 |", "license: choose"):
         assert fact in card
     assert "sees the future" not in card
     assert "loss sees the future" in (export(runs / "mixture-z3-2", tmp_path / "mixture") / "README.md").read_text()
