@@ -6,6 +6,7 @@ out; language and licence are never guessed. Must not know where a figure comes 
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def _data(manifest: dict[str, Any]) -> str:
     held_out = card_facts.validation_sets(manifest)
     titles = ("data set", "tokens", "weight", "share of what was read")
     used = [column for column in range(4) if column < 2 or any(row[column] for row in rows)]
-    lines = [" | ".join(row[column] for column in used) for row in (titles, *rows)]
+    lines = [" | ".join(_cell(row[column]) for column in used) for row in (titles, *rows)]
     lines.insert(1, "|".join("---" for _ in used))
     table = "\n".join(f"| {line} |" for line in lines)
     return f"## Its data\n\n{table}" + (f"\n\nHeld out for validation: {held_out}." if held_out else "")
@@ -148,29 +149,40 @@ def _how_to_load(code: bool, tokenizer: str | None) -> str:
 
 def _commands(folder: Path, name: str, checkpoint: "Checkpoint", made: Made) -> str:
     """Shell lines, with names for paths: NAME is this folder."""
+    name = shlex.quote(name)
     lines = [f"megatron-steel generate {name} --prompt 你好"]
-    if any((folder / file).is_file() for file in ("chat_template.jinja", TRAINING_FILE)):
+    if _has_template(folder):
         lines += [f"megatron-steel generate {name} --chat"]
     lines += [f"megatron-steel evaluate {name} --tasks ceval-valid,cmmlu"] if made.tokenizer else []
     recipe = checkpoint.manifest.get("recipe")
     if recipe:
         run = Path(recipe["run"]["dir"]).name
-        options = (
-            f" --dtype {made.dtype}" + " --verify" * (made.difference is not None) + " --cut-padding" * bool(made.cut)
-        )
+        averaged = checkpoint.manifest.get("averaged_steps")
+        source = f"runs/{run}" if averaged else f"runs/{run}/checkpoints/{checkpoint.path.name}"
+        options = (f" --average {len(averaged)}" if averaged else "") + f" --dtype {made.dtype}"
+        options += " --verify" * (made.difference is not None) + " --cut-padding" * bool(made.cut)
         options += f" --license {made.license}" if made.license else ""
         tokenizer = name if made.tokenizer == "AutoTokenizer" else Path(recipe["tokenizer"]["path"]).name
         lines += [
             "# train it further, on other data for one:",
             f"megatron-steel pretrain RECIPE model.path={name} model.init_from={name} tokenizer.path={tokenizer}",
             "# this folder was made by:",
-            f"megatron-steel export runs/{run}/checkpoints/{checkpoint.path.name} {name}{options}",
+            f"megatron-steel export {source} {name}{options}",
         ]  # fmt: skip
     said = ["```bash", *lines, "```"]
     if (folder / TRAINING_FILE).is_file():
         said += ["", f"`{TRAINING_FILE}` renders what the tokenizer's own chat template renders and marks the assistant's words, "
                  "for a loss on them alone (`chat_template_path` and `assistant_only_loss` of TRL)."]  # fmt: skip
     return "\n".join([*said, "", f"`sha256sum --check {SUMS}` tells whether every file is whole."])
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _limits(made: Made, manifest: dict[str, Any]) -> str:
@@ -195,8 +207,11 @@ def _versions(manifest: dict[str, Any]) -> str:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    escaped = [(key, value.replace("|", "\\|").replace("\n", " ")) for key, value in rows]
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in escaped)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows)])
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")
 
 
 _WARNING = """\

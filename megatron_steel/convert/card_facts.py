@@ -144,6 +144,8 @@ def validation_sets(manifest: dict[str, Any]) -> str | None:
 def losses(manifest: dict[str, Any], metrics: Metrics, report: dict[str, Any] | None, future: bool) -> Rows:
     """The last losses, and what an audit says of them. No perplexity of a loss that is none of a language model."""
     rows: Rows = []
+    if manifest.get("averaged_steps"):
+        rows += [("whose losses these are", "the run's at these steps; that of the mean is not measured")]
     trained = [row for row in metrics if "loss" in row]
     if trained:
         rows += [
@@ -165,10 +167,13 @@ def losses(manifest: dict[str, Any], metrics: Metrics, report: dict[str, Any] | 
 
 
 def read_metrics(checkpoint: Checkpoint) -> Metrics:
-    """The lines of the run's `metrics.jsonl` up to the checkpoint's step; torn ones and those without a step are left out."""
+    """The lines of the run's `metrics.jsonl` up to the checkpoint's step; torn ones and those without a step are left out.
+
+    None where the checkpoint is another trainer's, or was taken out of its run.
+    """
     holder = checkpoint.path.absolute().parent
     file = holder.parent / "metrics.jsonl"
-    if holder.name != "checkpoints" or not file.is_file():
+    if not checkpoint.manifest.get("recipe") or holder.name != "checkpoints" or not file.is_file():
         return []
     return list(_rows(file.read_text(encoding="utf-8", errors="replace").splitlines(), checkpoint.step))
 

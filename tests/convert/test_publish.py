@@ -23,7 +23,7 @@ from megatron_steel.convert.upload import upload_commands
 from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_config
-from megatron_steel.recipe import Model
+from megatron_steel.recipe import Model, from_dict
 
 ROWS = 160  # VOCABULARY of them are tokens
 SIZES = {"vocab_size": ROWS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -85,8 +85,8 @@ def test_the_card_says_what_is_known_and_hubs_can_read_it(run, whole):
         "| train | 11,", "| 3 | 75.00% |", "| 1 | 25.00% |", "Held out for validation: validation.",
         f"| training loss | {loss:.4f} nats per token at step 2 (one batch) |",
         f"| validation loss | {held_out:.4f} nats per token at step 2 (perplexity {2.718281828459045 ** held_out:,.2f}) |",
-        "| audit | causal: yes |", "model.path=my model model.init_from=my model",
-        "megatron-steel export runs/my-run/checkpoints/step-00000002 my model --dtype float32\n",
+        "| audit | causal: yes |", "model.path='my model' model.init_from='my model'",
+        "megatron-steel export runs/my-run/checkpoints/step-00000002 'my model' --dtype float32\n",
         "trained on sequences of 32 tokens; the 64 of its configuration", f"torch {torch.__version__}",
     ):  # fmt: skip
         assert fact in text, fact
@@ -205,6 +205,13 @@ def test_files_of_gpt_neox_have_the_name_that_all_others_know():
     assert list(names.published("llama", pairs)) == pairs
 
 
+RECIPE = from_dict({
+    "tokenizer": {"path": "/home/me/tok"}, "model": {"type": "llama"}, "run": {"dir": "/home/me/runs/r"},
+    "data": {"train": "/home/me/x", "sequence_length": 8}, "optim": {"lr": 1e-3},
+    "train": {"tokens": 10**9, "global_batch_size": 4, "micro_batch_size": 1},
+}).to_dict()  # fmt: skip
+
+
 def a_card(tmp_path, manifest, report=None, metrics=(), dtype="bfloat16", **model):
     run = tmp_path / "run"
     (run / "checkpoints" / "step-9").mkdir(parents=True)
@@ -241,12 +248,23 @@ def test_a_card_of_almost_nothing_invents_nothing(tmp_path):
 def test_a_loss_that_sees_the_future_has_no_perplexity_and_an_honest_one_is_told(tmp_path):
     report = {"causal": False, "verdict": "NOT CAUSAL: x | y", "loss": {"prefix_only": 5.25, "data": "/home/me/d"}}
     rows = [{"step": 9, "validation_loss": 2.0}, {"step": 10, "validation_loss": 1.0}, {"step": 9, "loss": 1.0}]
-    text = a_card(tmp_path, {}, report, rows, tie_word_embeddings=True)
+    text = a_card(tmp_path, {"recipe": RECIPE}, report, rows, tie_word_embeddings=True)
     assert "loss sees the future" in text
     assert "| validation loss | 2.0000 nats per token at step 9 |" in text
     assert "5.2500 nats per token on d |" in text
+    assert "/home/me" not in text
     assert r"NOT CAUSAL: x \| y" in text
     assert "| time" not in text  # no line says how long a step took
+
+
+def test_the_mean_of_checkpoints_says_whose_losses_these_are(tmp_path):
+    text = a_card(tmp_path, {"recipe": RECIPE, "averaged_steps": [8, 9]}, None, [{"step": 9, "loss": 2.0}])
+    assert "that of the mean is not measured" in text
+    assert "megatron-steel export runs/r m --average 2 --dtype bfloat16" in text
+
+
+def test_metrics_that_lie_beside_another_trainers_checkpoint_are_not_its(tmp_path):
+    assert "training loss" not in a_card(tmp_path, {}, None, [{"step": 9, "loss": 2.0}])
 
 
 def test_a_mixture_names_what_a_token_passes():
