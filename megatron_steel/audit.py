@@ -194,7 +194,7 @@ def _model_of_checkpoint(source: Path) -> Any:
     import torch
 
     from megatron_steel.checkpoint.zero import stream_weights
-    from megatron_steel.convert.hf import find_checkpoint, recipe_of
+    from megatron_steel.convert.sources import find_checkpoint, recipe_of
     from megatron_steel.model.build import build_config, build_model
 
     checkpoint = find_checkpoint(source)

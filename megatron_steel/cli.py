@@ -144,11 +144,15 @@ def _data(verb: AddVerb) -> None:
 
 
 def _models(verb: AddVerb) -> None:
-    p = verb(verbs.export, "write a checkpoint as a Hugging Face folder")
+    p = verb(verbs.export, "write a checkpoint as a Hugging Face folder (also others' ZeRO checkpoints: docs/export.md)")
     p.add_argument("source", metavar="RUN_OR_CHECKPOINT")
     p.add_argument("output", metavar="OUT_DIR")
     p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     p.add_argument("--verify", action="store_true", help="reload in a fresh process and compare logits")
+    p.add_argument("--average", type=int, default=1, metavar="K", help="the mean of a run's last K whole checkpoints")
+    p.add_argument("--model", metavar="HF_DIR", help="what a checkpoint of another trainer is of: config.json, tokenizer")
+    p.add_argument("--cut-padding", action="store_true", help="leave out rows of the vocabulary that are no token's")
+    p.add_argument("--license", dest="license_id", metavar="ID", help="for the model card, as in apache-2.0")
 
     p = verb(
         verbs.import_hf,

@@ -130,11 +130,11 @@ def merge(prefixes: list[str], output: str) -> None:
     print(f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
 
 
-def export(source: str, output: str, dtype: str, verify: bool) -> None:
+def export(source: str, output: str, **options: Any) -> None:
     from megatron_steel.audit import verdict_of
     from megatron_steel.convert.hf import export
 
-    export(source, output, dtype=dtype, verify=verify, audit=verdict_of)
+    export(source, output, audit=verdict_of, **options)
 
 
 def import_hf(source: str, output: str, layers: str | None, **settings: Any) -> None:

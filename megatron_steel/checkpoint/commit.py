@@ -29,7 +29,8 @@ from megatron_steel.errors import SteelError
 MANIFEST = "manifest.json"
 ENGINE = "engine"  # the folder inside a checkpoint that holds DeepSpeed's own files
 _NAME = re.compile(r"^step-(\d{8,})$")
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
+_HASHERS = 4  # files that are verified at a time
 _PAUSES = (1.0, 5.0)  # seconds before another try
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # same at the next try
 
@@ -163,13 +164,16 @@ def read_manifest(path: Path) -> Checkpoint:
 def verify(path: Path) -> Checkpoint:
     """Compare every file with its size and SHA-256. Raises SteelError naming the first file that differs."""
     checkpoint = _measured(path)
-    for name, entry in checkpoint.manifest["files"].items():
-        try:
-            found = _sha256(path / name)
-        except OSError as error:
-            raise _damaged(path, f"{name} cannot be read ({error.strerror})") from None
-        if found != entry["sha256"]:
-            raise _damaged(path, f"the content of {name} has changed")
+    files = checkpoint.manifest["files"]
+    with ThreadPoolExecutor(_HASHERS) as pool:  # hashing lets other threads run
+        hashed = [pool.submit(_sha256, path / name) for name in files]
+        for (name, entry), found in zip(files.items(), hashed, strict=True):
+            try:
+                same = found.result() == entry["sha256"]
+            except OSError as error:
+                raise _damaged(path, f"{name} cannot be read ({error.strerror})") from None
+            if not same:
+                raise _damaged(path, f"the content of {name} has changed")
     return checkpoint
 
 
@@ -323,9 +327,10 @@ def sync(path: Path) -> None:
 
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+    room = memoryview(bytearray(_CHUNK))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(room):
+            digest.update(room[:count])
     return digest.hexdigest()
 
 

@@ -1,24 +1,28 @@
 """What DeepSpeed's checkpoint files hold, one tensor at a time, for any ZeRO stage and world size.
 
-1. `contents` opens the files of every rank, mapped and never run: weights-only, with three harmless classes allowed.
+1. `opened` maps the files of every rank and runs nothing: weights-only, with four harmless classes allowed.
 2. It lists what was trained: of each parameter its fp32 weight and Adam's two moments, each a cut of flat pieces. A read
    copies no more than what was asked for, so memory does not grow with the model or the number of ranks.
 3. `stream_weights` is that list without the moments, and what was not trained (buffers, frozen weights).
+
+The files may be anybody's: ours differ only in that they hold the names of stage 0's masters (`CLIENT_STATE`).
 
 Needs no process group, no GPU and nothing of DeepSpeed. Knows nothing of models: names and shapes come from the files.
 """
 
 import importlib
+import math
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel.checkpoint.commit import ENGINE
+from megatron_steel.checkpoint.mapped import forget
 from megatron_steel.errors import SteelError
 
 if TYPE_CHECKING:
@@ -33,8 +37,10 @@ _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ON
 _ITS_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",  # fp16, which only others train in
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+_PIECE = 1 << 20  # values that a stream of pieces reads at a time
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,7 @@ class Stored:
 
     @property
     def size(self) -> int:
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape)
 
     def read(self, quantity: str, start: int = 0, count: int | None = None) -> "torch.Tensor":
         """`count` values from `start` of a quantity, flat, fp32, on the CPU; None: all that follow.
@@ -69,15 +72,45 @@ class Stored:
             raise SteelError(f"the checkpoint lacks {quantity} of {self.name}", self.file, "use another checkpoint")
         return found.detach().float()
 
+    def weight_in_pieces(self) -> "Iterator[torch.Tensor]":
+        """The weight from its first value to its last, a few megabytes at a time; what was read is let go of."""
+        for number, start in enumerate(range(0, self.size, _PIECE), 1):
+            yield self.read(WEIGHT, start, min(_PIECE, self.size - start))
+            if number % 16 == 0:
+                forget(self.file.parent)
+        if self.size >= _PIECE:
+            forget(self.file.parent)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that need not be whole anywhere: its values come flat, in order, in pieces of any length, once."""
+
+    shape: tuple[int, ...]
+    pieces: "Iterable[torch.Tensor]"
+
+    def first_rows(self, count: int) -> "Weight":
+        """The tensor without its rows from `count` on."""
+        shape = (count, *self.shape[1:])
+        return Weight(shape, _first_values(self.pieces, math.prod(shape)))
+
 
 @dataclass(frozen=True)
 class Contents:
     """A checkpoint, opened: `step` is Adam's counter (0: no step was ever applied, and there are no moments)."""
 
     trained: list[Stored]
-    others: "dict[str, torch.Tensor]"  # persistent buffers and frozen weights, in their own dtype
+    others: "Mapping[str, torch.Tensor]"  # persistent buffers and frozen weights, in their own dtype
     step: int
     counters: dict[str, int]
+
+
+def stream_pieces(found: Contents) -> Iterator[tuple[str, Weight]]:
+    """`stream_weights` of what has been opened, with no tensor ever whole (buffers and frozen weights apart)."""
+    for parameter in found.trained:
+        yield parameter.name, Weight(parameter.shape, parameter.weight_in_pieces())
+    for name, tensor in found.others.items():
+        yield name, Weight(tuple(tensor.shape), (tensor.reshape(-1),))
 
 
 def stream_weights(checkpoint: Path) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -88,10 +121,10 @@ def stream_weights(checkpoint: Path) -> "Iterator[tuple[str, torch.Tensor]]":
     Raises:
         SteelError: when there is no engine folder, its files are not DeepSpeed's, or one of them is unsafe.
     """
-    opened = contents(checkpoint)
-    for parameter in opened.trained:
+    found = contents(checkpoint)
+    for parameter in found.trained:
         yield parameter.name, parameter.read(WEIGHT).view(parameter.shape)
-    for name, tensor in opened.others.items():
+    for name, tensor in found.others.items():
         yield name, tensor.float() if tensor.is_floating_point() else tensor
 
 
@@ -100,6 +133,15 @@ def contents(checkpoint: Path) -> Contents:
     engine = checkpoint / ENGINE
     if not engine.is_dir():
         raise SteelError("this is no checkpoint: it has no engine/ folder", checkpoint, "name a run or a step-N folder")
+    return opened(engine)
+
+
+def opened(engine: Path) -> Contents:
+    """Open the folder that DeepSpeed wrote, of any stage, number of ranks and trainer. Raises SteelError as above.
+
+    Of a stage 0 in half precision the names of the fp32 weights are known only where `CLIENT_STATE` is there; without it
+    the half-precision weights are what there is (the fp32 ones round to them).
+    """
     shards = sorted(engine.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
     parts = [_load(shard)["optimizer_state_dict"] for shard in shards]
     sharded_weights = bool(parts) and "fp32_flat_groups" in parts[0]  # ZeRO-3
@@ -107,6 +149,12 @@ def contents(checkpoint: Path) -> Contents:
     files = _model_files(engine, sharded_weights)
     states = [_load(file) for file in files]
     first, where = states[0], files[0]
+    if sharded_weights and len(files) != len(parts):
+        raise SteelError(f"the folder holds {len(files)} files of model states, and {len(parts)} of optimizer states",
+                         engine, "use another checkpoint")  # fmt: skip
+    if not parts and first.get("param_shapes"):
+        raise SteelError("the files of optimizer states, which hold the weights, are missing", engine,
+                         "use another checkpoint")  # fmt: skip
     try:
         if sharded_weights:
             trained, step = _stage3(first["param_shapes"], parts, shards[0])
@@ -117,7 +165,7 @@ def contents(checkpoint: Path) -> Contents:
         others = _untrained(states, trained, sharded_weights)
         return Contents(trained, others, step, {name: int(first[name]) for name in COUNTERS})
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        what = f"the engine/ folder is not as this version of DeepSpeed writes it: {error!r}"
+        what = f"the folder is not as this version of DeepSpeed writes it: {error!r}"
         raise SteelError(what, where, "use another checkpoint") from error
 
 
@@ -206,6 +254,11 @@ def _stage3(shapes: list[dict[str, Any]], parts: list[dict[str, Any]], file: Pat
 def _stage0(state: dict[str, Any], file: Path) -> tuple[list[Stored], int]:
     """Stage 0: rank 0 holds all. In bf16 the fp32 weights lie in the optimizer: tensor by tensor, or a flat group each."""
     optimizer, module = state["optimizer"], state["module"]
+    if CLIENT_STATE not in state:
+        from megatron_steel.checkpoint.unnamed import weights_of_stage0
+
+        named = weights_of_stage0(state, file)
+        return [Stored(name, tuple(t.shape), 0, {WEIGHT: [t.flatten()]}, file) for name, t in named.items()], 0
     inner = optimizer.get("optimizer_state_dict", optimizer)
     groups = state[CLIENT_STATE]["group_names"]
     if "fp32_groups_flat" in optimizer:
@@ -233,22 +286,53 @@ def _moments(parts: list[dict[str, Any]], key: str, number: int) -> "tuple[dict[
     return {quantity: [state[quantity] for state in states] for quantity in MOMENTS}, step
 
 
-def _untrained(states: list[dict[str, Any]], trained: list[Stored], sharded_weights: bool) -> "dict[str, torch.Tensor]":
+class _Joined(Mapping[str, "torch.Tensor"]):
+    """Tensors by name, each joined from the ranks' cuts when it is asked for, and not kept."""
+
+    def __init__(self, cuts: "dict[str, tuple[list[torch.Tensor], torch.Size]]"):
+        self._cuts = cuts
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        cuts, shape = self._cuts[name]
+        return _slice([cut.flatten() for cut in cuts], 0, shape.numel()).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cuts)
+
+    def __len__(self) -> int:
+        return len(self._cuts)
+
+
+def _untrained(
+    states: list[dict[str, Any]], trained: list[Stored], sharded_weights: bool
+) -> "Mapping[str, torch.Tensor]":
     """Persistent buffers and frozen weights, by name."""
     first = states[0]
     if not sharded_weights:  # rank 0's file holds the whole module, tied weights under each name
-        known = {parameter.name for parameter in trained} | set(first.get("shared_params") or {})
-        tied = {first["module"][name].untyped_storage().data_ptr() for name in known if name in first["module"]}
-        return {
-            name: tensor
-            for name, tensor in first["module"].items()
-            if name in first["buffer_names"] or (name not in known and tensor.untyped_storage().data_ptr() not in tied)
-        }
+        known = {parameter.name for parameter in trained}
+        seen = {first["module"][name].untyped_storage().data_ptr() for name in known if name in first["module"]}
+        found = {}
+        for name, tensor in first["module"].items():
+            place = tensor.untyped_storage().data_ptr()
+            tied = name in known or name in (first.get("shared_params") or {}) or place in seen
+            if name in first["buffer_names"] or not tied:
+                found[name] = tensor
+                seen.add(place)
+        return found
+    buffers = {name: ([first["module"][name]], first["module"][name].shape) for name in first["buffer_names"]}
     frozen = {
-        name: _slice([s["frozen_param_fragments"][name].flatten() for s in states], 0, shape.numel()).view(shape)
+        name: ([state["frozen_param_fragments"][name] for state in states], shape)
         for name, shape in (first.get("frozen_param_shapes") or {}).items()
     }
-    return {name: first["module"][name] for name in first["buffer_names"]} | frozen
+    return _Joined(buffers | frozen)
+
+
+def _first_values(pieces: "Iterable[torch.Tensor]", count: int) -> "Iterator[torch.Tensor]":
+    for piece in pieces:
+        if count <= 0:
+            return
+        yield piece[:count]
+        count -= piece.numel()
 
 
 def _slice(pieces: list["torch.Tensor"], start: int, count: int) -> "torch.Tensor":
@@ -260,6 +344,8 @@ def _slice(pieces: list["torch.Tensor"], start: int, count: int) -> "torch.Tenso
     size, found = max(1, pieces[0].numel()), []
     for number in range(start // size, min(len(pieces), (start + count - 1) // size + 1)):
         found.append(pieces[number][max(0, start - number * size) : start + count - number * size])
+    if len(found) == 1:
+        return found[0]  # a view of the mapped file
     return torch.cat(found) if found else torch.zeros(0)
 
 
@@ -268,7 +354,10 @@ def _model_files(engine: Path, sharded_weights: bool) -> list[Path]:
     files = sorted(engine.glob("zero_pp_rank_*_model_states.pt"), key=_rank_of) if sharded_weights else []
     whole = engine / "mp_rank_00_model_states.pt"
     if not files and not whole.is_file():
-        raise SteelError("the engine/ folder holds no DeepSpeed model states", whole, "use another checkpoint")
+        raise SteelError("the folder holds no DeepSpeed model states", whole, "use another checkpoint")
+    if next(engine.glob("*mp_rank_01_*"), None):
+        raise SteelError("the model was cut by tensor or pipeline parallelism, which is not read here", engine,
+                         "convert it with the trainer's own tool")  # fmt: skip
     return files or [whole]
 
 
@@ -276,7 +365,7 @@ def _refuse_missing_shards(parts: list[dict[str, Any]], engine: Path) -> None:
     said = parts[0].get("partition_count") if parts else None
     ranks = said[0] if isinstance(said, list) else said  # one number a group, all the same without experts
     if ranks not in (None, len(parts)):
-        what = f"the engine/ folder holds {len(parts)} optimizer files of {ranks}"
+        what = f"the folder holds {len(parts)} optimizer files of {ranks}"
         raise SteelError(what, engine, "use another checkpoint")
 
 

@@ -1,7 +1,8 @@
-"""What lies beside the weights of an export: configuration, modelling code, tokenizer.
+"""What lies beside the weights of an export: configuration, modelling code, tokenizer, chat template.
 
 `config.json` carries each fact in the form of transformers 4.57 and in that of 5.x. The tokenizer's files are copied
-byte for byte: saving them again under 5.x breaks them for 4.x. Must not know weights or checkpoints.
+byte for byte: saving them again under 5.x breaks them for 4.x; a chat template is only ever a new file beside them. Must
+not know weights or checkpoints.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
+from megatron_steel.data.chat_template import TRAINING_FILE, training_template_of
 from megatron_steel.errors import SteelError
 from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
 from megatron_steel.model.configuration_steel import SteelConfig
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from megatron_steel.data.tokenizer import Tokenizer
-    from megatron_steel.recipe import Recipe
 
 STEEL_CODE = tuple(
     Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)
@@ -29,28 +30,41 @@ STEEL_CODE = tuple(
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
                     "chat_template*", "*.model", "*.tiktoken", "tokenization_*.py")  # fmt: skip
 _TOKENIZER_FOLDERS = ("additional_chat_templates",)
+_ENDS = ("<|im_end|>", "<|endoftext|>")
 _ALWAYS = ("tie_word_embeddings",)  # versions differ in its default
 
 
 def write_companions(
-    folder: Path, config: "PretrainedConfig", architecture: str, dtype: str, recipe: "Recipe", tokenizer: "Tokenizer"
+    folder: Path,
+    config: "PretrainedConfig",
+    architecture: str,
+    dtype: str,
+    tokenizer: "Tokenizer | None",
+    source: Path | None,
+    code: Path | None = None,
 ) -> str | None:
     """Write config.json and generation_config.json and copy code and tokenizer into `folder`.
+
+    Args:
+        tokenizer, source: the tokenizer, and the folder or file that it lies in; None where nobody knows it.
+        code: the folder whose modelling code travels, where the model is neither Steel nor a class of transformers.
 
     Returns: the transformers class that loads the tokenizer; None where the folder has no Hugging Face tokenizer.
     Raises SteelError when the copied tokenizer gives other ids than the original.
     """
-    # First, while there is no config.json: transformers would ask whether to run the code that it names.
-    copy_tokenizer(Path(recipe.tokenizer.path), folder, tokenizer)
-    ids = special_ids(Path(recipe.tokenizer.path), tokenizer)
+    ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokenizer is not None and source is not None:
+        # First, while there is no config.json: transformers would ask whether to run the code that it names.
+        copy_tokenizer(source, folder, tokenizer)
+        if source.is_dir():
+            write_template(folder)
+        ids = special_ids(folder if source.is_dir() else source, tokenizer)
     tree = config_tree(config, architecture, dtype, ids)
-    generation = {key: value for key, value in ids.items() if value is not None}
-    generation.setdefault("pad_token_id", generation["eos_token_id"])
     _write_json(folder / "config.json", tree)
-    _write_json(folder / "generation_config.json", {**generation, "transformers_version": tree["transformers_version"]})
-    for file in code_files(config, recipe.model.path):
+    _write_json(folder / "generation_config.json", generation_tree(ids, tokenizer, tree["transformers_version"]))
+    for file in code_files(config, str(code) if code else None):
         shutil.copyfile(file, folder / file.name)
-    return tokenizer_class(folder, config, tokenizer) if Path(recipe.tokenizer.path).is_dir() else None
+    return tokenizer_class(folder, config, tokenizer) if tokenizer is not None and source and source.is_dir() else None
 
 
 def config_tree(config: "PretrainedConfig", architecture: str, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +89,22 @@ def config_tree(config: "PretrainedConfig", architecture: str, dtype: str, ids: 
             "transformers_version": __version__}  # fmt: skip
 
 
+def generation_tree(ids: dict[str, Any], tokenizer: "Tokenizer | None", version: str) -> dict[str, Any]:
+    """`generation_config.json`: what ends a text, what pads.
+
+    With ChatML both of its ends end a text: `<|im_end|>` of a turn, `<|endoftext|>` of a document. Nothing about sampling:
+    a temperature here makes transformers warn at every greedy call, and the best one is not known.
+    """
+    tree = {key: value for key, value in ids.items() if value is not None}
+    eos = tree.get("eos_token_id")
+    if eos is not None:
+        tree.setdefault("pad_token_id", eos)
+        known = [tokenizer.special[end] for end in _ENDS if tokenizer and end in tokenizer.special]
+        ends = list(dict.fromkeys([eos, *known]))
+        tree["eos_token_id"] = ends if len(ends) > 1 else eos
+    return {**tree, "transformers_version": version}
+
+
 def rope_fields(tree: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings of transformers 5 (`rope_parameters`) in the older fields; {} where there are none."""
     rope = tree.get("rope_parameters")
@@ -83,14 +113,16 @@ def rope_fields(tree: dict[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope:  # one entry per kind of layer
         local = rope.get("sliding_attention", {})
         return {**_older_rope(rope["full_attention"]), "rope_local_base_freq": local.get("rope_theta")}
-    return _older_rope(rope)
+    older = _older_rope(rope)
+    if str(tree.get("model_type")).startswith("gpt_neox"):  # it has names of its own
+        older |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
+    return older
 
 
 def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
     fields = {"rope_theta": rope["rope_theta"]}
-    share = rope.get("partial_rotary_factor")
-    if share is not None:
-        fields |= {"partial_rotary_factor": share, "rotary_pct": share}
+    if rope.get("partial_rotary_factor") is not None:
+        fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
     return fields if scaling.get("rope_type", "default") == "default" else {**fields, "rope_scaling": scaling}
 
@@ -130,6 +162,23 @@ def copy_tokenizer(source: Path, folder: Path, original: "Tokenizer") -> None:
     if load_tokenizer(folder).fingerprint != original.fingerprint:
         raise SteelError("the copied tokenizer gives other ids than the original", source,
                          "save it as a plain Hugging Face tokenizer folder and name that in tokenizer.path")  # fmt: skip
+
+
+def write_template(folder: Path) -> None:
+    """Write the template for training beside a tokenizer that needs another one for it than its own.
+
+    As `chat_template.jinja`, which transformers reads, where the tokenizer has none; else under a name that it does not
+    read: named templates in `additional_chat_templates/` would hide one that lies in tokenizer_config.json.
+    """
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    template = training_template_of(hf)
+    if template is None or template == hf.chat_template:
+        return
+    file = folder / (TRAINING_FILE if hf.chat_template else "chat_template.jinja")
+    if not file.exists():  # one that came with the tokenizer is the tokenizer's
+        file.write_text(template, encoding="utf-8")
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> list[Path]:

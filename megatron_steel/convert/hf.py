@@ -1,12 +1,13 @@
 """A checkpoint becomes a Hugging Face folder, whole or not at all.
 
-1. `find_checkpoint`: the newest whole checkpoint of a run folder, or one checkpoint, verified by its hashes.
+1. `sources`: the newest whole checkpoint of a run folder, one checkpoint, the mean of several, or what others trained.
 2. Weights stream from DeepSpeed's files into safetensors shards (`shards`), each name and shape checked.
-3. `companions` writes configuration, code and tokenizer beside them, `card` the README; the audit's verdict goes along.
+3. `companions` writes configuration, code and tokenizer beside them, `card` the README; the audit's verdict goes along,
+   and `checksums` lists them all.
 4. With `verify` a fresh process without this package loads the folder and gives the same logits (`verify`).
 5. The folder is synced and takes its name. Until then it lies in `.NAME.tmp` beside it.
 
-Parameter names never change on the way. Must not know how the model was trained or which ZeRO stage wrote it.
+Parameter names never change on the way, but where files have always had another (`names`). Must not know how the model was trained or which ZeRO stage wrote it.
 """
 
 import contextlib
@@ -16,13 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_steel import dist
-from megatron_steel.checkpoint.commit import MANIFEST, Checkpoint, newest_whole, sync
-from megatron_steel.checkpoint.commit import verify as verify_checkpoint
-from megatron_steel.checkpoint.zero import stream_weights
+from megatron_steel.checkpoint.commit import sync
 from megatron_steel.errors import SteelError
-from megatron_steel.model.verdict import read_verdict, write_verdict
-from megatron_steel.recipe import Recipe, from_dict
+from megatron_steel.model.verdict import write_verdict
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -33,94 +30,81 @@ def export(
     dtype: str = "bfloat16",
     verify: bool = False,
     audit: Callable[[Path], dict[str, Any]] | None = None,
+    model: str | os.PathLike[str] | None = None,
+    average: int = 1,
+    cut_padding: bool = False,
+    license_id: str | None = None,
 ) -> Path:
-    """Write a checkpoint as a Hugging Face folder; peak memory is about one shard (2 GB) beside the reader's.
+    """Write a checkpoint as a Hugging Face folder; a few megabytes of weights are in memory at a time.
 
     Args:
-        source: a run folder (its newest whole checkpoint; damaged ones are named and passed over) or a checkpoint.
+        source: a run folder (its newest whole checkpoint; damaged ones are named and passed over) or a checkpoint; or a
+            folder that transformers' Trainer with DeepSpeed or a plain DeepSpeed loop saved.
         output: the folder to make; it must not exist, or be empty.
         dtype: of the weights on disk: `bfloat16`, `float16` or `float32`.
         verify: reload in a fresh process and compare logits before anything is published.
-        audit: gives the report on a checkpoint whose run has no `audit.json`.
+        audit: gives the report on a checkpoint whose run has no `audit.json`, or on a Hugging Face folder.
+        model: a Hugging Face folder that describes what others trained, where the checkpoint itself does not.
+        average: export the mean of so many of a run's last whole checkpoints.
+        cut_padding: leave out the rows of the vocabulary that belong to no token.
+        license_id: for the card, as hubs name licences.
 
     Returns: the published folder.
     Raises:
         SteelError: no whole checkpoint, a used output, a tokenizer that is gone, tensors that are not the model's,
             numbers that do not fit the dtype, logits that differ, a full disk. Nothing is left behind.
     """
-    from megatron_steel.convert import card, companions, shards
+    import torch
+
+    from megatron_steel.convert import card, checksums, companions, names, padding, shards, sources, upload
     from megatron_steel.convert.verify import verify_export
-    from megatron_steel.data.tokenizer import load_tokenizer
-    from megatron_steel.model.build import build_config
 
     if dtype not in DTYPES:
         raise SteelError(f"there is no dtype {dtype!r} for weights", "--dtype", f"use one of {', '.join(DTYPES)}")
+    card.require_license(license_id)
     target = Path(output).absolute()
     refuse_used(target)
-    checkpoint = find_checkpoint(Path(source))
-    recipe = recipe_of(checkpoint)
-    tokenizer = load_tokenizer(recipe.tokenizer.path)
-    trained_with = checkpoint.manifest.get("tokenizer", tokenizer.facts())
-    if trained_with["fingerprint"] != tokenizer.fingerprint:
-        what = f"the tokenizer has changed since the run was trained with it ({trained_with['name']})"
-        raise SteelError(what, recipe.tokenizer.path, "put the original tokenizer back there")
-    config = build_config(recipe.model, tokenizer.vocab_size)
-    report = _verdict_of_run(checkpoint)
-    if report is None and audit is not None:
-        report = audit(checkpoint.path)
-    blueprint = shards.blueprint_of(config)
+    trained = sources.find(Path(source), Path(model) if model is not None else None, average)
+    where, config, report = trained.checkpoint.path, trained.config, trained.verdict
+    if report is None and audit is not None and not trained.foreign:
+        report = audit(where)
+    whole = blueprint = shards.blueprint_of(config)
+    if cut_padding:
+        config = padding.without_padding(config, trained.tokenizer)
+        blueprint = shards.blueprint_of(config)
+        padding.require_cuttable(whole.shapes, blueprint.shapes)
+    rows = padding.padding_rows(config, trained.tokenizer)
+    shapes = dict(names.published(config.model_type, blueprint.shapes.items()))
+    dtypes = dict.fromkeys(shapes, getattr(torch, dtype)) | blueprint.integers
     with publishing(target) as folder:
-        files = shards.write_shards(
-            stream_weights(checkpoint.path), blueprint.shapes, folder, dtype, checkpoint.path
-        )  # fmt: skip
-        loader = companions.write_companions(folder, config, blueprint.architecture, dtype, recipe, tokenizer)
-        difference = verify_export(checkpoint, folder) if verify else None
+        weights = names.published(
+            config.model_type, padding.cut_rows(trained.weights(), whole.shapes, blueprint.shapes)
+        )
+        files = shards.write_pieces(weights, shapes, folder, dtypes, where)
+        loader = companions.write_companions(
+            folder, config, blueprint.architecture, dtype, trained.tokenizer, trained.tokenizer_path, trained.code
+        )
+        if trained.generation is not None:
+            shutil.copyfile(trained.generation, folder / trained.generation.name)
+        difference = verify_export(trained, folder) if verify else None
+        if report is None and audit is not None:
+            report = audit(folder)  # only here can others' weights be loaded as a model
         if report is not None:
             write_verdict(folder, report)
-        card.write_card(folder, target.name, checkpoint, config, blueprint.parameters, dtype, loader, difference)
+        cut = len(padding.padding_rows(trained.config, trained.tokenizer)) - len(rows)
+        made = card.Made(config, blueprint.shapes, dtype, loader, rows, cut, difference, license_id, trained.notes)
+        card.write_card(folder, target.name, trained.checkpoint, made)
+        checksums.write_checksums(folder)
     print(
-        f"{output}: {blueprint.architecture} of step {checkpoint.step:,}, {blueprint.parameters:,} parameters "
+        f"{output}: {blueprint.architecture} of {trained.label}, {blueprint.parameters:,} parameters "
         f"in {dtype}, {len(files)} weight file{'s' if len(files) > 1 else ''}"
     )
+    if rows:
+        print(
+            f"rows {rows.start}..{rows.stop - 1} of the vocabulary belong to no token (--cut-padding leaves them out)"
+        )
+    print(upload.upload_commands(output, bool(license_id)))
     return target
-
-
-def find_checkpoint(source: Path) -> Checkpoint:
-    """The checkpoint that `source` means, every file compared with its hash.
-
-    Raises SteelError: there is nothing, it is neither run nor checkpoint, or no checkpoint in it is whole.
-    """
-    if (source / "checkpoints").is_dir():
-        checkpoint, passed_over = newest_whole(source / "checkpoints")
-        for problem in passed_over:
-            dist.log.warning("passed over a checkpoint: %s", problem)
-        if checkpoint is None:
-            why = (
-                f"none of its {len(passed_over)} checkpoints is whole" if passed_over else "it holds no checkpoint yet"
-            )
-            raise SteelError(
-                f"the run cannot be exported: {why}", source, "name another run, or train this one further"
-            )
-        return checkpoint
-    if (source / MANIFEST).is_file() or source.name.startswith("step-"):
-        return verify_checkpoint(source)
-    raise SteelError("there is no run folder and no checkpoint here", source,
-                     "name a run folder (it holds checkpoints/) or a step-N folder in one")  # fmt: skip
-
-
-def recipe_of(checkpoint: Checkpoint) -> Recipe:
-    """The recipe that a checkpoint was trained by. Raises SteelError when its manifest holds none."""
-    tree = checkpoint.manifest.get("recipe")
-    if not isinstance(tree, dict):
-        raise SteelError("the checkpoint's manifest holds no recipe", checkpoint.path / MANIFEST,
-                         "use a checkpoint that `megatron-steel pretrain` wrote")  # fmt: skip
-    return from_dict(tree, where=str(checkpoint.path / MANIFEST))
-
-
-def _verdict_of_run(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The audit's report in the run folder; None also for a checkpoint that was taken out of its run."""
-    holder = checkpoint.path.absolute().parent
-    return read_verdict(holder.parent) if holder.name == "checkpoints" else None
 
 
 def refuse_used(target: Path) -> None:

@@ -1,18 +1,24 @@
-"""A stream of fp32 weights becomes safetensors shards, each tensor checked against the model.
+"""A stream of weights becomes safetensors shards, each tensor checked against the model.
 
-Memory is bounded by one shard. The model is laid out on the meta device only: names and shapes, no numbers.
-Must not know where the stream comes from.
+1. The model is laid out on the meta device: names and shapes, no numbers. With the dtype they say what every file will hold
+   and where, so the files' headers are written first.
+2. Tensors come in any order, in flat pieces. Each piece is converted, checked and written to its place: memory is bounded by
+   a piece, whatever the sizes of tensors and shards. (safetensors' own writer wants a whole shard in memory.)
+
+The bytes are those of `safetensors.torch.save_file`. Must not know where the stream comes from.
 """
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_steel.checkpoint.zero import Weight
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import construct
 
@@ -21,6 +27,27 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2_000_000_000
 INDEX = "model.safetensors.index.json"
+_PIECE = 1 << 20  # values that are converted at a time: they stay in the processor's cache
+# As safetensors calls dtypes, in the order in which it lays tensors into a file.
+_CODES = (
+    "U64",
+    "I64",
+    "F64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+)
+_NAMES = ("uint64", "int64", "float64", "float32", "uint32", "int32", "bfloat16", "float16", "uint16", "int16",
+          "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +60,8 @@ class Blueprint:
     """Numbers in all parameters; a tied matrix counts once."""
     shapes: dict[str, tuple[int, ...]]
     """Every tensor of the state dict; a tied one under its first name only."""
+    integers: dict[str, torch.dtype]
+    """Those that hold no fractions (buffers that count) and keep their dtype."""
 
 
 def blueprint_of(config: "PretrainedConfig") -> Blueprint:
@@ -42,8 +71,13 @@ def blueprint_of(config: "PretrainedConfig") -> Blueprint:
     parameters = dict(model.named_parameters())
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
-    shapes = {name: tuple(tensor.shape) for name, tensor in (parameters | buffers).items()}
-    return Blueprint(type(model).__name__, sum(p.numel() for p in parameters.values()), shapes)
+    tensors = parameters | buffers
+    return Blueprint(
+        type(model).__name__,
+        sum(p.numel() for p in parameters.values()),
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: tensor.dtype for name, tensor in tensors.items() if not tensor.is_floating_point()},
+    )
 
 
 def write_shards(
@@ -53,67 +87,152 @@ def write_shards(
     dtype: str | None,
     where: Path,
 ) -> list[Path]:
+    """`write_pieces` for whole tensors. With `dtype` None each keeps its own, and all are held at once (mapped, they cost
+    nothing)."""
+    if dtype is None:
+        weights = list(weights)
+        dtypes = {name: tensor.dtype for name, tensor in weights}
+    else:
+        dtypes = dict.fromkeys(shapes, getattr(torch, dtype))
+    pieces = ((name, Weight(tuple(tensor.shape), (tensor.reshape(-1),))) for name, tensor in weights)
+    return write_pieces(pieces, shapes, folder, dtypes, where)
+
+
+def write_pieces(
+    weights: Iterable[tuple[str, Weight]],
+    shapes: dict[str, tuple[int, ...]],
+    folder: Path,
+    dtypes: Mapping[str, torch.dtype],
+    where: Path,
+) -> list[Path]:
     """Write `model.safetensors`, or several shards and their index. Returns the weight files.
 
     Args:
-        weights: (name, tensor) pairs in any order, each once.
-        shapes: exactly what must come.
-        dtype: of the files, a torch dtype's name; None keeps each tensor's own.
+        weights: tensors in any order, each once.
+        shapes: exactly what must come; shards are cut in this order.
+        dtypes: of each in the files.
         where: named in errors.
 
     Raises:
         SteelError: a tensor too many, too few or of another shape, or numbers that the dtype cannot hold.
     """
+    layout = _layout(shapes, dtypes)
+    places: dict[str, tuple[Path, int]] = {}
+    for number, tensors in enumerate(layout):
+        file = folder / f"{number}.part"
+        begin = _write_header(file, tensors, shapes, dtypes)
+        places |= {name: (file, begin + at) for name, at in tensors.items()}
     missing = dict(shapes)
-    held: dict[str, torch.Tensor] = {}
-    written: list[list[str]] = []
-    held_bytes = total_bytes = 0
-    for name, tensor in weights:
-        _expect(name, tuple(tensor.shape), missing, where)
-        tensor = cast(name, tensor, dtype, where)
-        size = tensor.numel() * tensor.element_size()
-        if held and held_bytes + size > SHARD_BYTES:
-            written.append(_write(held, folder / f"{len(written)}.part"))
-            held, held_bytes = {}, 0
-        held[name] = tensor
-        held_bytes, total_bytes = held_bytes + size, total_bytes + size
+    for name, weight in weights:
+        _expect(name, weight.shape, missing, where)
+        file, at = places[name]
+        with file.open("r+b") as stream:
+            stream.seek(at)
+            for piece in converted(name, weight.pieces, dtypes[name], where):
+                stream.write(piece.view(torch.uint8).numpy())
     if missing:
         name, shape = next(iter(missing.items()))
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise _unlike(f"lacks {name} {shape}{more}", where)
-    written.append(_write(held, folder / f"{len(written)}.part"))
-    return _name_files(written, total_bytes, folder)
+    total = sum(_bytes(shape, dtypes[name]) for name, shape in shapes.items())
+    return _name_files([list(tensors) for tensors in layout], total, folder)
 
 
-def cast(name: str, tensor: torch.Tensor, dtype: str | None, where: Path) -> torch.Tensor:
-    """The tensor in the dtype of the export, contiguous. Raises SteelError where that makes numbers non-finite."""
-    narrow = tensor.to(getattr(torch, dtype) if dtype else tensor.dtype).contiguous()
-    if bool(torch.isfinite(narrow).all()):
-        return narrow
-    if not bool(torch.isfinite(tensor).all()):
+def converted(name: str, pieces: Iterable[torch.Tensor], dtype: torch.dtype, where: Path) -> Iterator[torch.Tensor]:
+    """A tensor's pieces in the dtype of the export, one at a time: each is overwritten by the next.
+
+    Raises SteelError where numbers are not finite, or the dtype makes them so.
+    """
+    room = torch.empty(_PIECE, dtype=dtype)  # fresh memory for each would cost more than the conversion
+    for flat in pieces:
+        for piece in flat.split(_PIECE):
+            narrow = room[: piece.numel()].copy_(piece)
+            if dtype.is_floating_point and not _is_finite(narrow):
+                _refuse(name, piece, dtype, where)
+            yield narrow
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    if values.dtype.itemsize == 1:
+        values = values.float()  # torch compares none of the eight-bit kinds
+    return values.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(values))  # NaN is both ends
+
+
+def _refuse(name: str, piece: torch.Tensor, dtype: torch.dtype, where: Path) -> None:
+    if not _is_finite(piece):
         raise SteelError(f"{name} holds numbers that are not finite", where, "export an earlier checkpoint")
-    largest = float(tensor.abs().max())
-    raise SteelError(f"{name} holds {largest:.3g}, which {dtype} cannot hold", where, "export with --dtype bfloat16")
+    what = f"{name} holds {float(piece.abs().max()):.3g}, which {_name_of(dtype)} cannot hold"
+    raise SteelError(what, where, "export with --dtype bfloat16")
 
 
 def _expect(name: str, shape: tuple[int, ...], missing: dict[str, tuple[int, ...]], where: Path) -> None:
     expected = missing.pop(name, None)
     if expected is None:
-        raise _unlike(f"holds {name} {shape}, which the model does not have (or has once)", where)
+        raise _unlike(
+            f"holds {name} {shape}, which the model does not have (or has once){_alike(name, missing)}", where
+        )
     if expected != shape:
         raise _unlike(f"holds {name} as {shape}, the model has {expected}", where)
 
 
+def _alike(name: str, missing: Iterable[str]) -> str:
+    """What a name lacks or has too much at its front, where that is all: the model was trained inside of another module."""
+    for other in missing:
+        if name.endswith(f".{other}"):
+            return f"; there it is {other}, without {name.removesuffix(other)!r} in front"
+        if other.endswith(f".{name}"):
+            return f"; there it is {other}, with {other.removesuffix(name)!r} in front"
+    return ""
+
+
 def _unlike(what: str, where: Path) -> SteelError:
-    return SteelError(f"the checkpoint is not of the model that its recipe describes: it {what}", where,
-                      "use the version of megatron_steel and transformers that trained it, or another checkpoint")  # fmt: skip
+    return SteelError(f"the checkpoint is not of the model that its configuration describes: it {what}", where,
+                      "name the model that was trained, and use the versions of megatron_steel and transformers that "
+                      "trained it")  # fmt: skip
 
 
-def _write(tensors: dict[str, torch.Tensor], file: Path) -> list[str]:
-    from safetensors.torch import save_file
+def _layout(shapes: dict[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> list[dict[str, int]]:
+    """Of each shard its tensors, as they lie in the file, and where each begins behind the header."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, shape in shapes.items():
+        size = _bytes(shape, dtypes[name])
+        if shards[-1] and held + size > SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    layout = []
+    for names in shards:
+        at, tensors = 0, {}
+        for name in sorted(names, key=lambda name: (_NAMES.index(_name_of(dtypes[name])), name)):
+            tensors[name] = at
+            at += _bytes(shapes[name], dtypes[name])
+        layout.append(tensors)
+    return layout
 
-    save_file(tensors, str(file), metadata={"format": "pt"})
-    return list(tensors)
+
+def _write_header(
+    file: Path, tensors: dict[str, int], shapes: dict[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
+) -> int:
+    """Make a file with its header; the values are still to come. Returns where they begin."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, at in tensors.items():
+        code = _CODES[_NAMES.index(_name_of(dtypes[name]))]
+        end = at + _bytes(shapes[name], dtypes[name])
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [at, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    return 8 + len(text)
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _name_files(written: list[list[str]], total_bytes: int, folder: Path) -> list[Path]:
@@ -124,7 +243,6 @@ def _name_files(written: list[list[str]], total_bytes: int, folder: Path) -> lis
         names = ["model.safetensors"]
     for i, name in enumerate(names):
         os.replace(folder / f"{i}.part", folder / name)
-        os.chmod(folder / name, folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
     if count > 1:
         weight_map = {tensor: name for name, part in zip(names, written, strict=True) for tensor in part}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}

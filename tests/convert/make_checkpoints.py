@@ -1,5 +1,5 @@
 """Not a test: run by `test_export` under the launcher. Trains small models for two steps by the real engine, commits a
-checkpoint of each, and writes beside it the logits that the training engine itself gives.
+checkpoint of each, and writes beside it the logits that the training engine itself gives, and its weights.
 
     deepspeed --num_gpus RANKS make_checkpoints.py CASES.json OUTPUT
 """
@@ -40,10 +40,20 @@ def make(name: str, tree: dict, output: Path, device: torch.device) -> None:
         progress = state.Progress(step, 64 * step, {})
         state.save(engine, output / name / "checkpoints", progress, facts, group_names, keep_last=2)
     engine.eval()
+    weights = {name: weight_of(p, engine).detach().float().clone() for name, p in engine.module.named_parameters()}
     with torch.no_grad():
         logits = engine(input_ids=fixed_tokens(model.config.vocab_size))
     if dist.is_main():
         torch.save(logits, output / name / "logits.pt")
+        torch.save(weights, output / name / "weights.pt")
+
+
+def weight_of(parameter: torch.nn.Parameter, engine) -> torch.Tensor:
+    """In fp32 where the engine gives it (in stage 0 it knows no such weights), and as it is where not."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = safe_get_full_fp32_param(parameter) if engine.zero_optimization() else None
+    return parameter if full is None else full
 
 
 def main(cases: str, output: str) -> None:

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_steel import cli
 from megatron_steel.checkpoint import commit
-from megatron_steel.convert import shards, verify
+from megatron_steel.checkpoint.zero import stream_weights
+from megatron_steel.convert import shards, sources, verify
 from megatron_steel.convert.hf import export
+from megatron_steel.convert.import_hf import import_hf
 from megatron_steel.errors import SteelError
 
 TOLERANCE = 1e-5
@@ -24,6 +26,10 @@ STEEL = {"hidden_size": 32, "intermediate_size": 48, "mlp_div_ratio": 1, "num_hi
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip
 MIXTURE = {**STEEL, "FFN_type": "softmoe_v3", "mlp_type": "raw", "n_experts": 2}
+NEOX = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+# family: model type, configuration
+FAMILIES = {"llama": ("llama", LLAMA), "qwen2": ("qwen2", LLAMA), "neox": ("gpt_neox", NEOX), "steel": ("steel", STEEL),
+            "mixture": ("steel", {**MIXTURE, "FFN_type": "softmoe_v1"})}  # fmt: skip
 # name: ranks, ZeRO stage, precision, model type, configuration, tied
 CASES = {
     "steel-z0-1": (1, 0, "fp32", "steel", STEEL, True),
@@ -31,6 +37,7 @@ CASES = {
     "llama-z1-1-bf16": (1, 1, "bf16", "llama", LLAMA, True),
     "llama-z2-1": (1, 2, "fp32", "llama", LLAMA, False),
     "steel-z3-1": (1, 3, "fp32", "steel", STEEL, True),
+    "neox-z3-1": (1, 3, "fp32", "gpt_neox", NEOX, False),
     "llama-z0-2": (2, 0, "fp32", "llama", LLAMA, True),
     "steel-z1-2": (2, 1, "fp32", "steel", STEEL, True),
     "steel-z1-2-bf16": (2, 1, "bf16", "steel", STEEL, False),
@@ -38,11 +45,18 @@ CASES = {
     "steel-z3-2": (2, 3, "fp32", "steel", STEEL, False),
     "llama-z3-2-bf16": (2, 3, "bf16", "llama", LLAMA, True),
     "mixture-z3-2": (2, 3, "fp32", "steel", MIXTURE, False),
+    "neox-z1-2": (2, 1, "fp32", "gpt_neox", NEOX, True),
+    "qwen2-z3-2": (2, 3, "fp32", "qwen2", LLAMA, True),
 }
+# Every family, tied and untied, ZeRO 1 and 3, 1 and 2 ranks.
+GRID = {
+    f"{family}-{'tied' if tied else 'untied'}-z{stage}-{ranks}": (ranks, stage, "fp32", model_type, config, tied)
+    for family, (model_type, config) in FAMILIES.items() for tied in (True, False) for stage in (1, 3) for ranks in (1, 2)
+}  # fmt: skip
 
 
 def _recipe(name: str, tokenizer: Path) -> dict:
-    ranks, stage, precision, model_type, config, tied = CASES[name]
+    ranks, stage, precision, model_type, config, tied = (CASES | GRID)[name]
     save_every = 1 if name == "steel-z3-2" else 2  # one run with two checkpoints is enough
     return {
         "run": {"seed": 5},
@@ -61,14 +75,22 @@ def _recipe(name: str, tokenizer: Path) -> dict:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_tokenizer) -> Path:
     """A folder with one run folder a case, all made by the real engine."""
-    folder = tmp_path_factory.mktemp("runs")
+    return _made(CASES, tmp_path_factory.mktemp("runs"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory, tiny_tokenizer) -> Path:
+    return _made(GRID, tmp_path_factory.mktemp("grid"), tiny_tokenizer)
+
+
+def _made(all_cases: dict, folder: Path, tiny_tokenizer: Path) -> Path:
     script = str(Path(__file__).with_name("make_checkpoints.py"))
     for ranks in (1, 2):
-        cases = {name: _recipe(name, tiny_tokenizer) for name, case in CASES.items() if case[0] == ranks}
+        cases = {name: _recipe(name, tiny_tokenizer) for name, case in all_cases.items() if case[0] == ranks}
         (folder / "cases.json").write_text(json.dumps(cases))
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
         command = [*launcher, "--master_port", str(free_port()), script, str(folder / "cases.json"), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=900)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return folder
 
@@ -96,13 +118,13 @@ def _logits(folder: Path, precision: str) -> torch.Tensor:
         return model.eval()(input_ids=verify.fixed_tokens(VOCABULARY), use_cache=False).logits
 
 
-def _names(folder: Path) -> set[str]:
-    names = set()
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(str(file), "pt") as tensors:
             assert tensors.metadata() == {"format": "pt"}
-            names |= set(tensors.keys())
-    return names
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    return found
 
 
 def _nothing_but(folder: Path, *names: str) -> bool:
@@ -110,14 +132,11 @@ def _nothing_but(folder: Path, *names: str) -> bool:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_those_of_the_training_engine(name, runs, tmp_path):
+def test_logits_and_weights_equal_those_of_the_training_engine(name, runs, tmp_path):
     _, _, precision, model_type, _, tied = CASES[name]
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     folder = export(runs / name, tmp_path / "out", dtype)
-    trained = torch.load(runs / name / "logits.pt").float()
-    assert (_logits(folder, precision).float() - trained).abs().max() <= TOLERANCE
-    assert trained.std() > 0.01
-    assert ("lm_head.weight" in _names(folder)) == (not tied)
+    _require_trained(folder, runs / name, precision, tied)
     assert bool(list(folder.glob("*.py"))) == (model_type == "steel")
     config = json.loads((folder / "config.json").read_text())
     assert ("auto_map" in config) == (model_type == "steel")
@@ -125,6 +144,26 @@ def test_logits_equal_those_of_the_training_engine(name, runs, tmp_path):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == (1, 0, None)
     assert _nothing_but(tmp_path, "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRID)
+def test_every_family_is_verified(name, grid, tmp_path, capsys):
+    folder = export(grid / name, tmp_path / "out", "float32", verify=True)
+    assert "verified in a fresh process" in capsys.readouterr().out
+    _require_trained(folder, grid / name, "fp32", GRID[name][-1])
+
+
+def _require_trained(folder: Path, run: Path, precision: str, tied: bool) -> None:
+    """Logits equal those of the training engine within 1e-5, and every weight is the engine's, rounded once."""
+    trained = torch.load(run / "logits.pt").float()
+    assert (_logits(folder, precision).float() - trained).abs().max() <= TOLERANCE
+    assert trained.std() > 0.01
+    weights, found = torch.load(run / "weights.pt"), _tensors(folder)
+    assert set(weights) == set(found)
+    assert any(name in found for name in ("lm_head.weight", "embed_out.weight")) == (not tied)
+    for name, weight in weights.items():
+        assert torch.equal(found[name], weight.to(found[name].dtype)), name
 
 
 @pytest.mark.parametrize("name", ["steel-z3-2", "llama-z3-2-bf16"])
@@ -138,11 +177,11 @@ def test_a_folder_that_needs_this_package_or_holds_other_weights_is_refused(runs
     folder = export(runs / "steel-z3-2", tmp_path / "out", "float32")
     checkpoint = runs / "steel-z3-2" / "checkpoints" / "step-00000002"
     with pytest.raises(SteelError, match="logits that differ by"):
-        verify.verify_export(checkpoint.with_name("step-00000001"), folder)
+        verify.verify_export(sources.find(checkpoint.with_name("step-00000001")), folder)
     code = folder / "modeling_steel.py"
     code.write_text(code.read_text() + "\nimport megatron_steel\n")
     with pytest.raises(SteelError, match=r"does not load in a fresh process: .*megatron_steel"):
-        verify.verify_export(checkpoint, folder)
+        verify.verify_export(sources.find(checkpoint), folder)
 
 
 def test_a_failed_verification_leaves_nothing(runs, tmp_path, monkeypatch):
@@ -159,7 +198,7 @@ def test_shards_with_an_index_hold_the_same_model(runs, tmp_path, monkeypatch):
     index = json.loads((folder / shards.INDEX).read_text())
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    assert set(index["weight_map"]) == _names(folder)
+    assert set(index["weight_map"]) == set(_tensors(folder))
     assert set(index["weight_map"].values()) == set(files)
     assert all((folder / name).stat().st_size < 22_000 for name in files)
     trained = torch.load(runs / "llama-z2-1" / "logits.pt")
@@ -172,14 +211,14 @@ def test_tokenizer_is_copied_byte_for_byte_and_works(runs, tmp_path, tiny_tokeni
         assert (folder / file.name).read_bytes() == file.read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert tokenizer("w5 w9")["input_ids"] == [5, 9]
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 1
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, 0]
 
 
 def test_card_says_what_the_model_is(run, runs, tmp_path):
     rows = [{"step": 1, "validation_loss": 4.5}, {"step": 2, "loss": 4.4}, {"step": 9, "validation_loss": 1.0}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 2, "valid')
     card = (export(run, tmp_path / "causal") / "README.md").read_text()
-    for fact in ("4.5000 nats per token at step 1", "2 steps, 128 tokens", "made-up (4,321 tokens)", "license: choose"):
+    for fact in ("4.5000 nats per token at step 1", "2 steps, 128 tokens", "| made-up | 4,321 |", "license: choose"):
         assert fact in card
     assert "sees the future" not in card
     assert "loss sees the future" in (export(runs / "mixture-z3-2", tmp_path / "mixture") / "README.md").read_text()
@@ -277,3 +316,64 @@ def test_numbers_that_do_not_fit_are_named(value, why, tmp_path):
     weights = [("head.weight", torch.full((2, 2), value))]
     with pytest.raises(SteelError, match=rf"head\.weight .*{why}"):
         shards.write_shards(weights, {"head.weight": (2, 2)}, tmp_path, "float16", tmp_path)
+
+
+def _steps(run: Path, steps: list[int]) -> list[dict[str, torch.Tensor]]:
+    folders = [run / "checkpoints" / f"step-{step:08d}" for step in steps]
+    return [dict(stream_weights(folder)) for folder in folders]
+
+
+def test_average_is_the_mean_of_the_last_whole_checkpoints(run, tmp_path, capsys):
+    out = export(run, tmp_path / "out", "float32", verify=True, average=2)
+    assert "SteelForCausalLM of the mean of steps 1, 2" in capsys.readouterr().out
+    first, second = _steps(run, [1, 2])
+    for name, tensor in _tensors(out).items():
+        assert torch.equal(tensor, ((first[name].double() + second[name].double()) / 2).float()), name
+        assert not torch.equal(tensor, second[name]) or torch.equal(first[name], second[name])
+    assert "| weights | uniform mean of steps 1, 2 |" in (out / "README.md").read_text()
+    single = export(run, tmp_path / "single", "float32")
+    assert (export(run, tmp_path / "one", "float32", average=1) / "model.safetensors").read_bytes() == (
+        single / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_average_that_cannot_be_is_refused(run, tmp_path):
+    checkpoints = run / "checkpoints"
+    for average, source, match in (
+        (3, run, r"the mean of 3 checkpoints is asked, and 2 are whole \(steps 1, 2\)"),
+        (2, checkpoints / "step-00000002", "needs a run folder"),
+        (0, run, "no mean of 0"),
+    ):
+        with pytest.raises(SteelError, match=match):
+            export(source, tmp_path / "out", average=average)
+    manifest = checkpoints / "step-00000001" / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    tree["recipe"]["model"]["config"]["rope_theta"] = 77.0
+    manifest.write_text(json.dumps(commit.sealed(tree)))
+    with pytest.raises(SteelError, match="steps 1 and 2 are not of the same model"):
+        export(run, tmp_path / "out", average=2)
+    next((checkpoints / "step-00000001" / "engine").glob("*.pt")).unlink()
+    with pytest.raises(SteelError, match=r"and 1 are whole \(steps 2\)"):
+        export(run, tmp_path / "out", average=2)
+    with pytest.raises(SteelError, match="knows its model by itself"):
+        export(run, tmp_path / "out", model=tmp_path)
+    assert _nothing_but(tmp_path, "run")
+
+
+@pytest.mark.parametrize("name", ["steel-z3-2", "neox-z1-2"])
+def test_export_import_export_is_byte_equal(name, runs, tiny_recipe, tmp_path):
+    """An export is imported, a run starts from it and saves after one step at learning rate 0 (which changes no weight), and
+    is exported again: weight files, config.json, generation_config.json, code and the tokenizer's files are the same bytes.
+    (README.md and audit.json tell of the run, which is another.)"""
+    first = export(runs / name, tmp_path / "first", "float32")
+    start = import_hf(first, tmp_path / "imported")
+    words = [f"run.dir={tmp_path}/run", f"model.path={start}", f"model.init_from={start}", f"tokenizer.path={start}",
+             "train.steps=1", "train.save_every_steps=1", "schedule.warmup_steps=0", "schedule.min_lr_ratio=0",
+             "data.validation=null"]  # fmt: skip
+    assert cli.main(["pretrain", str(tiny_recipe), *words]) == 0
+    second = export(tmp_path / "run", tmp_path / "second", "float32")
+    names = {file.name for file in first.iterdir()} | {file.name for file in second.iterdir()}
+    compared = sorted(names - {"README.md", "audit.json", "SHA256SUMS"})
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(compared)
+    for file in compared:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
