@@ -49,7 +49,8 @@ def find(source: Path, model: Path | None) -> Trained:
         try:
             return _trained(path, model, source)
         except SteelError as error:
-            dist.log.warning("passed over a checkpoint: %s", error)
+            if len(candidates) > 1:
+                dist.log.warning("passed over a checkpoint: %s", error)
             problems.append(error)
     if len(problems) == 1:
         raise problems[0]

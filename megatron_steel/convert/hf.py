@@ -49,16 +49,18 @@ def export(
         SteelError: no whole checkpoint, a used output, a tokenizer that is gone, tensors that are not the model's,
             numbers that do not fit the dtype, logits that differ, a full disk. Nothing is left behind.
     """
-    import torch
-
-    from megatron_steel.convert import card, companions, shards, sources
-    from megatron_steel.convert.verify import verify_export
+    from megatron_steel.convert import sources
 
     if dtype not in DTYPES:
         raise SteelError(f"there is no dtype {dtype!r} for weights", "--dtype", f"use one of {', '.join(DTYPES)}")
     target = Path(output).absolute()
     refuse_used(target)
     trained = sources.find(Path(source), Path(model) if model is not None else None, average)
+    import torch  # these take seconds, while which `find` hashes
+
+    from megatron_steel.convert import card, companions, shards
+    from megatron_steel.convert.verify import verify_export
+
     where, config, report = trained.checkpoint.path, trained.config, trained.verdict
     if report is None and audit is not None and not trained.foreign:
         report = audit(where)
