@@ -32,7 +32,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokeniz
 
 def is_foreign(source: Path) -> bool:
     """Whether others' checkpoints lie here, whole or not."""
-    return bool(_checkpoints(source)) or (source / LATEST).is_file() or _has_states(source)
+    named = source.is_dir() and _TRAINERS.match(source.resolve().name) is not None
+    return named or bool(_checkpoints(source)) or (source / LATEST).is_file() or _has_states(source)
 
 
 def find(source: Path, model: Path | None) -> Trained:
