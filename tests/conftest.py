@@ -128,8 +128,8 @@ def stub_server(tmp_path_factory):
         yield server
 
 
-def finished(command: list[str], expect: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=400)
+def finished(command: list[str], expect: int = 0, timeout: float = 400) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=timeout)
     assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
     return done
 

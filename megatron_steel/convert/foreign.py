@@ -32,7 +32,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokeniz
 
 def is_foreign(source: Path) -> bool:
     """Whether others' checkpoints lie here, whole or not."""
-    return bool(_checkpoints(source)) or (source / LATEST).is_file() or _has_states(source)
+    named = source.is_dir() and _TRAINERS.match(source.resolve().name) is not None
+    return named or bool(_checkpoints(source)) or (source / LATEST).is_file() or _has_states(source)
 
 
 def find(source: Path, model: Path | None) -> Trained:
@@ -49,7 +50,8 @@ def find(source: Path, model: Path | None) -> Trained:
         try:
             return _trained(path, model, source)
         except SteelError as error:
-            dist.log.warning("passed over a checkpoint: %s", error)
+            if len(candidates) > 1:
+                dist.log.warning("passed over a checkpoint: %s", error)
             problems.append(error)
     if len(problems) == 1:
         raise problems[0]

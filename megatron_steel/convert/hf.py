@@ -7,7 +7,8 @@
 4. With `verify` a fresh process without this package loads the folder and gives the same logits (`verify`).
 5. The folder is synced and takes its name. Until then it lies in `.NAME.tmp` beside it.
 
-Parameter names never change on the way, but where files have always had another (`names`). Must not know how the model was trained or which ZeRO stage wrote it.
+Parameter names never change on the way, but where files have always had another (`names`). Must not know how the model was
+trained or which ZeRO stage wrote it.
 """
 
 import contextlib
@@ -15,11 +16,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_steel.checkpoint.commit import sync
 from megatron_steel.errors import SteelError
 from megatron_steel.model.verdict import write_verdict
+
+if TYPE_CHECKING:
+    from megatron_steel.convert.sources import Trained
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -54,10 +58,7 @@ def export(
         SteelError: no whole checkpoint, a used output, a tokenizer that is gone, tensors that are not the model's,
             numbers that do not fit the dtype, logits that differ, a full disk. Nothing is left behind.
     """
-    import torch
-
-    from megatron_steel.convert import card, checksums, companions, names, padding, shards, sources, upload
-    from megatron_steel.convert.verify import verify_export
+    from megatron_steel.convert import card, sources, upload
 
     if dtype not in DTYPES:
         raise SteelError(f"there is no dtype {dtype!r} for weights", "--dtype", f"use one of {', '.join(DTYPES)}")
@@ -65,22 +66,41 @@ def export(
     target = Path(output).absolute()
     refuse_used(target)
     trained = sources.find(Path(source), Path(model) if model is not None else None, average)
-    where, config, report = trained.checkpoint.path, trained.config, trained.verdict
+    made = _write(trained, target, dtype, verify, audit, cut_padding, license_id)
+    print(f"{output}: {made}")
+    print(upload.upload_commands(output, bool(license_id)))
+    return target
+
+
+def _write(
+    trained: "Trained",
+    target: Path,
+    dtype: str,
+    verify: bool,
+    audit: Callable[[Path], dict[str, Any]] | None,
+    cut_padding: bool,
+    license_id: str | None,
+) -> str:
+    """Fill and publish the folder; returns what to tell."""
+    import torch  # takes seconds, while which `sources.find` hashes
+
+    from megatron_steel.convert import card, checksums, companions, names, padding, shards
+    from megatron_steel.convert.verify import verify_export
+
+    where, report = trained.checkpoint.path, trained.verdict
     if report is None and audit is not None and not trained.foreign:
         report = audit(where)
-    whole = blueprint = shards.blueprint_of(config)
-    if cut_padding:
-        config = padding.without_padding(config, trained.tokenizer)
-        blueprint = shards.blueprint_of(config)
-        padding.require_cuttable(whole.shapes, blueprint.shapes)
+    config = padding.without_padding(trained.config, trained.tokenizer) if cut_padding else trained.config
+    whole = shards.blueprint_of(trained.config)
+    blueprint = shards.blueprint_of(config) if cut_padding else whole
+    padding.require_cuttable(whole.shapes, blueprint.shapes)
     rows = padding.padding_rows(config, trained.tokenizer)
+    cut = len(padding.padding_rows(trained.config, trained.tokenizer)) - len(rows)
+    weights = padding.cut_rows(trained.weights(), whole.shapes, blueprint.shapes)
     shapes = dict(names.published(config.model_type, blueprint.shapes.items()))
     dtypes = dict.fromkeys(shapes, getattr(torch, dtype)) | blueprint.integers
     with publishing(target) as folder:
-        weights = names.published(
-            config.model_type, padding.cut_rows(trained.weights(), whole.shapes, blueprint.shapes)
-        )
-        files = shards.write_pieces(weights, shapes, folder, dtypes, where)
+        files = shards.write_pieces(names.published(config.model_type, weights), shapes, folder, dtypes, where)
         loader = companions.write_companions(
             folder, config, blueprint.architecture, dtype, trained.tokenizer, trained.tokenizer_path, trained.code
         )
@@ -91,20 +111,16 @@ def export(
             report = audit(folder)  # only here can others' weights be loaded as a model
         if report is not None:
             write_verdict(folder, report)
-        cut = len(padding.padding_rows(trained.config, trained.tokenizer)) - len(rows)
         made = card.Made(config, blueprint.shapes, dtype, loader, rows, cut, difference, license_id, trained.notes)
         card.write_card(folder, target.name, trained.checkpoint, made)
         checksums.write_checksums(folder)
-    print(
-        f"{output}: {blueprint.architecture} of {trained.label}, {blueprint.parameters:,} parameters "
-        f"in {dtype}, {len(files)} weight file{'s' if len(files) > 1 else ''}"
+    told = (
+        f"{blueprint.architecture} of {trained.label}, {blueprint.parameters:,} parameters in {dtype}, "
+        f"{len(files)} weight file{'s' if len(files) > 1 else ''}"
     )
-    if rows:
-        print(
-            f"rows {rows.start}..{rows.stop - 1} of the vocabulary belong to no token (--cut-padding leaves them out)"
-        )
-    print(upload.upload_commands(output, bool(license_id)))
-    return target
+    if not rows:
+        return told
+    return f"{told}\nrows {rows.start}..{rows.stop - 1} of the vocabulary belong to no token (--cut-padding leaves them out)"
 
 
 def refuse_used(target: Path) -> None:

@@ -1,13 +1,15 @@
-"""Not a test: run by `test_export` under the launcher. Trains small models for two steps by the real engine, commits a
-checkpoint of each, and writes beside it the logits that the training engine itself gives, and its weights.
+"""Not a test: run by `checkpoint_runs` under the launcher. Trains small models for two steps by the real engine, commits a
+checkpoint of each, and writes beside it the logits that the training engine itself gives, and its weights; then what others
+would make (`make_foreign`).
 
-    deepspeed --num_gpus RANKS make_checkpoints.py CASES.json OUTPUT
+    deepspeed --num_gpus RANKS make_checkpoints.py CASES.json TOKENIZER OUTPUT
 """
 
 import json
 import sys
 from pathlib import Path
 
+import make_foreign
 import torch
 
 from megatron_steel import dist
@@ -56,10 +58,12 @@ def weight_of(parameter: torch.nn.Parameter, engine) -> torch.Tensor:
     return parameter if full is None else full
 
 
-def main(cases: str, output: str) -> None:
+def main(cases: str, tokenizer: str, output: str) -> None:
     device = dist.start()
-    for name, tree in json.loads(Path(cases).read_text()).items():
+    wanted = json.loads(Path(cases).read_text())
+    for name, tree in wanted["ours"].items():
         make(name, tree, Path(output), device)
+    make_foreign.make(wanted["foreign"], tokenizer, Path(output) / "foreign")
     dist.barrier()
 
 

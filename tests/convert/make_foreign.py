@@ -1,15 +1,11 @@
-"""Not a test: run by `test_foreign_checkpoints` under the launcher. Trains small models as others do, without this package,
-and writes beside each checkpoint the fp32 weights that DeepSpeed's own converter finds in it (at stage 0, which it does not
-know, the optimizer's own).
-
-    deepspeed --num_gpus RANKS make_foreign.py CASES.json TOKENIZER OUTPUT
+"""Not a test: run by `make_checkpoints` under the launcher. Trains small models as others do, without this package, and writes
+beside each checkpoint the fp32 weights that DeepSpeed's own converter finds in it (at stage 0, which it does not know, the
+optimizer's own).
 
 A case is {by: "trainer" | "loop", stage, precision, type, config, groups, frozen, wrapped}. `by: trainer` is transformers' Trainer,
 which saves at steps 1 and 2 into `OUTPUT/NAME`; `by: loop` calls the engine itself and saves into `OUTPUT/NAME/saved`.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -95,20 +91,17 @@ def masters(engine) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(cases: str, tokenizer: str, output: str) -> None:
+def make(cases: dict, tokenizer: str, output: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles a library for minutes
     deepspeed.get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and works
-    torch.distributed.init_process_group("gloo")
-    for name, case in json.loads(Path(cases).read_text()).items():
-        folder = Path(output) / name
-        (by_trainer if case["by"] == "trainer" else by_loop)(case, tokenizer, folder)
+    for name, case in cases.items():
+        folder = output / name
+        trained = (by_trainer if case["by"] == "trainer" else by_loop)(case, tokenizer, folder)
         torch.distributed.barrier()
         if case["stage"] and torch.distributed.get_rank() == 0:
-            torch.save(
-                reference(folder / ("checkpoint-2" if case["by"] == "trainer" else "saved")), folder / "reference.pt"
-            )
-    torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    main(*[a for a in sys.argv[1:] if not a.startswith("--local_rank")])
+            found = reference(folder / ("checkpoint-2" if case["by"] == "trainer" else "saved"))
+            if case["stage"] == 1:  # the converter leaves frozen weights out there
+                frozen = {name: p.detach() for name, p in trained.named_parameters() if not p.requires_grad}
+                assert not set(frozen) & set(found)
+                found |= frozen
+            torch.save(found, folder / "reference.pt")

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, free_port, one_thread
+from checkpoint_runs import made
+from conftest import VOCABULARY
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,7 +54,7 @@ GRID = {
 }  # fmt: skip
 
 
-def _recipe(name: str, tokenizer: Path) -> dict:
+def recipe_of_case(name: str, tokenizer: Path) -> dict:
     ranks, stage, precision, model_type, config, tied = (CASES | GRID)[name]
     save_every = 1 if name == "steel-z3-2" else 2  # one run with two checkpoints is enough
     return {
@@ -75,24 +74,12 @@ def _recipe(name: str, tokenizer: Path) -> dict:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_tokenizer) -> Path:
     """A folder with one run folder a case, all made by the real engine."""
-    return _made(CASES, tmp_path_factory.mktemp("runs"), tiny_tokenizer)
+    return made("CASES", tmp_path_factory, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory, tiny_tokenizer) -> Path:
-    return _made(GRID, tmp_path_factory.mktemp("grid"), tiny_tokenizer)
-
-
-def _made(all_cases: dict, folder: Path, tiny_tokenizer: Path) -> Path:
-    script = str(Path(__file__).with_name("make_checkpoints.py"))
-    for ranks in (1, 2):
-        cases = {name: _recipe(name, tiny_tokenizer) for name, case in all_cases.items() if case[0] == ranks}
-        (folder / "cases.json").write_text(json.dumps(cases))
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-        command = [*launcher, "--master_port", str(free_port()), script, str(folder / "cases.json"), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=900)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return folder
+    return made("GRID", tmp_path_factory, tiny_tokenizer)
 
 
 @pytest.fixture
@@ -166,9 +153,9 @@ def _require_trained(folder: Path, run: Path, precision: str, tied: bool) -> Non
         assert torch.equal(found[name], weight.to(found[name].dtype)), name
 
 
-@pytest.mark.parametrize("name", ["steel-z3-2", "llama-z3-2-bf16"])
-def test_verify_in_a_fresh_process_prints_the_difference(name, runs, tmp_path, capsys):
-    folder = export(runs / name, tmp_path / "out", "bfloat16", verify=True)
+@pytest.mark.parametrize(("name", "average"), [("steel-z3-2", 2), ("llama-z3-2-bf16", 1)])
+def test_verify_in_a_fresh_process_prints_the_difference(name, average, runs, tmp_path, capsys):
+    folder = export(runs / name, tmp_path / "out", "bfloat16", verify=True, average=average)
     assert "verified in a fresh process: logits differ by at most" in capsys.readouterr().out
     assert "differ by at most" in (folder / "README.md").read_text()
 
@@ -324,7 +311,7 @@ def _steps(run: Path, steps: list[int]) -> list[dict[str, torch.Tensor]]:
 
 
 def test_average_is_the_mean_of_the_last_whole_checkpoints(run, tmp_path, capsys):
-    out = export(run, tmp_path / "out", "float32", verify=True, average=2)
+    out = export(run, tmp_path / "out", "float32", average=2)
     assert "SteelForCausalLM of the mean of steps 1, 2" in capsys.readouterr().out
     first, second = _steps(run, [1, 2])
     for name, tensor in _tensors(out).items():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, finished, launcher
+from checkpoint_runs import made
+from conftest import VOCABULARY
 from safetensors.torch import load_file
 
 from megatron_steel import cli
@@ -45,28 +46,20 @@ GRID = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_tokenizer) -> Path:
-    return _make(CASES, tmp_path_factory.mktemp("foreign"), tiny_tokenizer)
+def theirs(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A folder with one folder a case, all made by the real engine."""
+    return made("CASES", tmp_path_factory, tiny_tokenizer) / "foreign"
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory, tiny_tokenizer) -> Path:
-    return _make(GRID, tmp_path_factory.mktemp("foreign-grid"), tiny_tokenizer)
-
-
-def _make(cases, folder, tokenizer) -> Path:
-    for ranks in {case["ranks"] for case in cases.values()}:
-        wanted = {name: case for name, case in cases.items() if case["ranks"] == ranks}
-        (folder / "cases.json").write_text(json.dumps(wanted))
-        script = str(Path(__file__).with_name("make_foreign.py"))
-        finished([*launcher(ranks), script, str(folder / "cases.json"), str(tokenizer), str(folder)])
-    return folder
+    return made("GRID", tmp_path_factory, tiny_tokenizer) / "foreign"
 
 
 @pytest.fixture
-def trainers(made, tmp_path) -> Path:
+def trainers(theirs, tmp_path) -> Path:
     """A copy of a Trainer's output folder, free to be damaged."""
-    return Path(shutil.copytree(made / "trainer-3", tmp_path / "out-of-trainer"))
+    return Path(shutil.copytree(theirs / "trainer-3", tmp_path / "out-of-trainer"))
 
 
 def _source(folder: Path, case: dict) -> tuple[Path, Path | None]:
@@ -82,17 +75,17 @@ def _require_equal(out: Path, reference: Path, tied: bool, dtype=torch.float32) 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_are_those_that_deepspeed_finds(name, made, tmp_path, caplog):
-    source, model = _source(made / name, CASES[name])
+def test_weights_are_those_that_deepspeed_finds(name, theirs, tmp_path, caplog):
+    source, model = _source(theirs / name, CASES[name])
     with caplog.at_level("INFO", logger="megatron_steel"):
         out = export(source, tmp_path / "out", "float32", model=model)
-    _require_equal(out, made / name / "reference.pt", CASES[name]["config"]["tie_word_embeddings"])
+    _require_equal(out, theirs / name / "reference.pt", CASES[name]["config"]["tie_word_embeddings"])
     assert ("known by what they round to" in caplog.text) == (name == "loop-0")
     assert "not hashed by the trainer" in (out / "README.md").read_text()
     assert (out / "tokenizer.json").is_file()
-    theirs = source / "checkpoint-2" / "generation_config.json"
-    if theirs.is_file():
-        assert (out / theirs.name).read_bytes() == theirs.read_bytes()
+    chosen = source / "checkpoint-2" / "generation_config.json"
+    if chosen.is_file():
+        assert (out / chosen.name).read_bytes() == chosen.read_bytes()
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
 
 
@@ -100,25 +93,25 @@ def test_weights_are_those_that_deepspeed_finds(name, made, tmp_path, caplog):
 @pytest.mark.parametrize("name", GRID)
 def test_weights_of_every_kind_are_verified(name, grid, tmp_path, capsys):
     case = GRID[name]
-    source, model = _source(grid / name, case)
+    folder = grid / name
+    source, model = _source(folder, case)
     if case.get("wrapped"):
         with pytest.raises(SteelError, match=r"holds model\.model\.\S+ .*, without 'model\.' in front"):
             export(source, tmp_path / "out", "float32", model=model)
         return
     out = export(source, tmp_path / "out", "float32", verify=True, model=model)
     assert "verified in a fresh process" in capsys.readouterr().out
-    _require_equal(out, grid / name / "reference.pt", case["config"]["tie_word_embeddings"])
+    _require_equal(out, folder / "reference.pt", case["config"]["tie_word_embeddings"])
 
 
-def test_the_command_takes_both_and_verifies_and_audits(made, tmp_path, capsys):
-    saved, model = made / "loop-3-frozen" / "saved", made / "loop-3-frozen" / "model"
+def test_the_command_takes_the_folder_and_the_tag_and_audits(theirs, tmp_path, capsys):
+    saved, model = theirs / "loop-3-frozen" / "saved", theirs / "loop-3-frozen" / "model"
     tag = next(path for path in saved.iterdir() if path.is_dir())
-    for words in ([str(saved), "--model", str(model)], [str(tag), "--model", str(model), "--verify"]):
-        out = tmp_path / f"out-{len(words)}"
-        assert cli.main(["export", words[0], str(out), *words[1:]]) == 0, capsys.readouterr().err
-        _require_equal(out, made / "loop-3-frozen" / "reference.pt", True, torch.bfloat16)
+    for source in (saved, tag):
+        out = tmp_path / f"of-{source.name}"
+        assert cli.main(["export", str(source), str(out), "--model", str(model)]) == 0, capsys.readouterr().err
+        _require_equal(out, theirs / "loop-3-frozen" / "reference.pt", True, torch.bfloat16)
         assert json.loads((out / "audit.json").read_text())["causal"] is True
-    assert "verified in a fresh process" in capsys.readouterr().out
 
 
 def test_the_newest_whole_checkpoint_is_taken(trainers, tmp_path, caplog):

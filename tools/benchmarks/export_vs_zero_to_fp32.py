@@ -168,7 +168,7 @@ def timed(commands: list[list[str]], out: Path, checkpoint: Path) -> dict[str, f
     for command in commands:
         begin = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        peak = [0.0]
+        peak = {"VmHWM": 0.0, "RssAnon": 0.0}
         watcher = threading.Thread(target=watch, args=(process.pid, peak))
         watcher.start()
         problems = process.stderr.read() if process.stderr else b""
@@ -179,23 +179,24 @@ def timed(commands: list[list[str]], out: Path, checkpoint: Path) -> dict[str, f
         watcher.join()
         if process.returncode:
             raise SystemExit(f"{command} failed:\n{problems.decode()[-3000:]}")
-        rss, anonymous = max(rss, usage.ru_maxrss / 1024), max(anonymous, peak[0])
+        rss, anonymous = max(rss, peak["VmHWM"]), max(anonymous, peak["RssAnon"])
         if str(out) + ".fp32" in command:
             write_config(checkpoint, Path(f"{out}.fp32"))
     return {"seconds": seconds, "cpu_seconds": cpu, "rss_mb": rss, "anonymous_mb": anonymous}
 
 
-def watch(pid: int, peak: list[float]) -> None:
+def watch(pid: int, peak: dict[str, float]) -> None:
+    """Note the highest of these fields until the process ends. (Its `ru_maxrss` would begin with what this one holds.)"""
     status = Path(f"/proc/{pid}/status")
     while True:
         try:
-            text = status.read_text()
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         except OSError:
             return
-        found = [line for line in text.splitlines() if line.startswith("RssAnon")]
-        if not found:
+        if "RssAnon" not in fields:
             return  # it has ended
-        peak[0] = max(peak[0], int(found[0].split()[1]) / 1024)
+        for name in peak:
+            peak[name] = max(peak[name], int(fields[name].split()[0]) / 1024)
         time.sleep(0.01)
 
 
