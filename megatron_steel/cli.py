@@ -144,13 +144,17 @@ def _data(verb: AddVerb) -> None:
 
 
 def _models(verb: AddVerb) -> None:
-    p = verb(verbs.export, "write a checkpoint as a Hugging Face folder (also others' ZeRO checkpoints: docs/export.md)")
+    p = verb(
+        verbs.export, "write a checkpoint as a Hugging Face folder (also others' ZeRO checkpoints: docs/export.md)"
+    )
     p.add_argument("source", metavar="RUN_OR_CHECKPOINT")
     p.add_argument("output", metavar="OUT_DIR")
     p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     p.add_argument("--verify", action="store_true", help="reload in a fresh process and compare logits")
     p.add_argument("--average", type=int, default=1, metavar="K", help="the mean of a run's last K whole checkpoints")
-    p.add_argument("--model", metavar="HF_DIR", help="what a checkpoint of another trainer is of: config.json, tokenizer")
+    p.add_argument(
+        "--model", metavar="HF_DIR", help="what a checkpoint of another trainer is of: config.json, tokenizer"
+    )
     p.add_argument("--cut-padding", action="store_true", help="leave out rows of the vocabulary that are no token's")
     p.add_argument("--license", dest="license_id", metavar="ID", help="for the model card, as in apache-2.0")
 
@@ -161,8 +165,12 @@ def _models(verb: AddVerb) -> None:
     )
     p.add_argument("source", metavar="HF_DIR")
     p.add_argument("output", metavar="OUT_DIR")
-    p.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="give the model this one: rows by piece, or by kept_ids.json")
-    p.add_argument("--vocab-size", type=int, metavar="N", help="rows of the embedding (default: the new tokenizer's ids)")
+    p.add_argument(
+        "--tokenizer", metavar="DIR_OR_MODEL", help="give the model this one: rows by piece, or by kept_ids.json"
+    )
+    p.add_argument(
+        "--vocab-size", type=int, metavar="N", help="rows of the embedding (default: the new tokenizer's ids)"
+    )
     p.add_argument("--layers", metavar="I,J,...", help="only these, in this order; -1 is the last: --layers=0,1,-2,-1")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 

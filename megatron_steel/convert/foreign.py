@@ -62,6 +62,7 @@ def find(source: Path, model: Path | None) -> Trained:
 
 
 def _trained(path: Path, model: Path | None, source: Path) -> Trained:
+    from megatron_steel.convert import names
     from megatron_steel.model.build import build_config
     from megatron_steel.recipe import Model
 
@@ -76,11 +77,12 @@ def _trained(path: Path, model: Path | None, source: Path) -> Trained:
     tokenizer_path, tokenizer = _tokenizer((path, model, path.parent, source))
     generation = _first((path, model), _GENERATION)
     step = _step(path, found.counters)
+    config = build_config(Model(path=str(folder)), tokenizer.vocab_size if tokenizer else None)
     wrote = "transformers' Trainer" if (path / "trainer_state.json").is_file() else "a DeepSpeed training loop"
     return Trained(
         checkpoint=Checkpoint(states, {"step": step}),
-        config=build_config(Model(path=str(folder)), tokenizer.vocab_size if tokenizer else None),
-        weights=lambda: zero.stream_pieces(zero.opened(states)),
+        config=config,
+        weights=lambda: names.trained(config.model_type, zero.stream_pieces(zero.opened(states))),
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
         code=folder,

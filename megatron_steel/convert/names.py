@@ -13,6 +13,12 @@ PUBLISHED = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 """model_type: {name in training: name in files}."""
 
 
+def trained(model_type: str, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """The same pairs, each under the name of training: what an older transformers trained has the files' names."""
+    names = {old: new for new, old in PUBLISHED.get(model_type, {}).items()}
+    return ((names.get(name, name), value) for name, value in named)
+
+
 def published(model_type: str, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
     """The same pairs, each under the name that files have."""
     names = PUBLISHED.get(model_type, {})

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_steel import cli
 from megatron_steel.checkpoint import commit
 from megatron_steel.checkpoint.zero import stream_weights
-from megatron_steel.convert import shards, sources, verify
+from megatron_steel.convert import names, shards, sources, verify
 from megatron_steel.convert.hf import export
 from megatron_steel.convert.import_hf import import_hf
 from megatron_steel.errors import SteelError
@@ -146,7 +146,8 @@ def _require_trained(folder: Path, run: Path, precision: str, tied: bool) -> Non
     trained = torch.load(run / "logits.pt").float()
     assert (_logits(folder, precision).float() - trained).abs().max() <= TOLERANCE
     assert trained.std() > 0.01
-    weights, found = torch.load(run / "weights.pt"), _tensors(folder)
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    weights, found = dict(names.published(model_type, torch.load(run / "weights.pt").items())), _tensors(folder)
     assert set(weights) == set(found)
     assert any(name in found for name in ("lm_head.weight", "embed_out.weight")) == (not tied)
     for name, weight in weights.items():
