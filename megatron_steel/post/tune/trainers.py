@@ -154,13 +154,25 @@ def _arguments(plan: Plan, work: Path, gpu: bool) -> dict[str, Any]:
         "disable_tqdm": True,
         "deepspeed": _deepspeed(plan.deepspeed),
     }
-    if not gpu:
+    if not gpu and plan.deepspeed:
+        _deepspeed_on_cpus()
+        fixed["accelerator_config"] = {"use_configured_state": True}
+    elif not gpu:
         fixed["ddp_backend"] = "gloo" if dist.world_size() > 1 else None
     if (work / "tokens" / "heldout.arrow").is_file():
         given.setdefault("eval_strategy", "epoch")
     if not given.get("fp16"):
         given.setdefault("bf16", gpu)  # on a CPU bf16 is slower than fp32, and no result is worth it
     return given | fixed
+
+
+def _deepspeed_on_cpus() -> None:
+    """accelerate knows DeepSpeed on GPUs and the like only: its own state of CPU ranks, with DeepSpeed's name on it."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    state = PartialState(cpu=True, backend="gloo")
+    state.distributed_type, state._cpu = DistributedType.DEEPSPEED, False
 
 
 def _deepspeed(file: dict[str, Any] | None) -> dict[str, Any] | None:
