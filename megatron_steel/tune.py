@@ -1,8 +1,8 @@
 """`megatron-steel sft` and `dpo`: prepare a run, train it in this process or under DeepSpeed's launcher, publish it.
 
 1. `tune` checks everything and makes the work folder (`post/tune/prepare`).
-2. One rank without DeepSpeed trains here; else `deepspeed` starts this module, `python -m megatron_steel.tune WORK`, on every rank. A
-   stop goes to all ranks at once, and each writes how it ended: the launcher's exit code is not trusted.
+2. One rank without DeepSpeed trains here; else `deepspeed` starts this module on every rank. A stop goes to all of them at
+   once, by a file, and each writes how it ended: the launcher's exit code is not trusted.
 3. The model is published (`post/tune/publish`).
 
 Holds together what may not know each other: training's DeepSpeed and the fine-tuning of `post`.
@@ -102,10 +102,13 @@ def _train_here(work: Path) -> None:
 
 def _launch(ranks: int, work: Path) -> None:
     """Start the ranks and wait for them; raises how they ended."""
+    from megatron_steel.post.tune.plan import STOP
+    from megatron_steel.train.watch import stop_signals
+
     outcomes = work / _OUTCOMES
     outcomes.mkdir(exist_ok=True)
-    for old in outcomes.iterdir():
-        old.unlink()
+    for old in [*outcomes.iterdir(), work / STOP]:
+        old.unlink(missing_ok=True)
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -113,7 +116,7 @@ def _launch(ranks: int, work: Path) -> None:
 
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *supervise.ranks_options(ranks),
                "--master_port", supervise.free_port(), "--module", _MODULE, str(work)]  # fmt: skip
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    before = {number: signal.signal(number, ask) for number in stop_signals()}
     launcher = subprocess.Popen(command, start_new_session=True, env=_environment(ranks))
     try:
         _wait(launcher, work, asked)
@@ -126,10 +129,14 @@ def _launch(ranks: int, work: Path) -> None:
         launcher.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-    _judge(outcomes, ranks, launcher.returncode)
+        (work / STOP).unlink(missing_ok=True)
+    _judge(outcomes, ranks, launcher.returncode, bool(asked))
 
 
 def _wait(launcher: "subprocess.Popen[bytes]", work: Path, asked: list[int]) -> None:
+    """Until no rank lives, or what lives must be killed."""
+    from megatron_steel.post.tune.plan import STOP
+
     told, kill_at = 0, float("inf")
     while launcher.poll() is None or _ranks(work):
         if len(asked) > told:
@@ -137,9 +144,7 @@ def _wait(launcher: "subprocess.Popen[bytes]", work: Path, asked: list[int]) -> 
             if asked.count(signal.SIGINT) > 1:  # the second Ctrl-C means now
                 return
             dist.log.info("asked to stop: every rank saves at the end of its step")
-            for process in _ranks(work):
-                with contextlib.suppress(Exception):
-                    process.send_signal(signal.SIGTERM)
+            (work / STOP).touch()  # also for ranks that have not begun yet
         if launcher.poll() is not None:
             kill_at = min(kill_at, time.monotonic() + _LEFT_END_IN)
         if time.monotonic() > kill_at:
@@ -160,7 +165,7 @@ def _ranks(work: Path) -> list[Any]:
     return found
 
 
-def _judge(outcomes: Path, ranks: int, code: int) -> None:
+def _judge(outcomes: Path, ranks: int, code: int, asked: bool) -> None:
     """Raise how a run ended, from what each rank wrote last."""
     told = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(outcomes.glob("*.json"))]
     problems = [tree for tree in told if tree["exit_code"] not in (EXIT_DONE, EXIT_STOPPED)]
@@ -168,6 +173,8 @@ def _judge(outcomes: Path, ranks: int, code: int) -> None:
         worst = max(problems, key=lambda tree: tree["exit_code"] == EXIT_BAD_INPUT)
         kind = SteelError if worst["exit_code"] == EXIT_BAD_INPUT else TrainingError
         raise kind(worst["what"], worst["where"], worst["remedy"])
+    if len(told) < ranks and asked:
+        raise Stopped("stopped at once, on request; the same command goes on from the last checkpoint")
     if len(told) < ranks:
         raise TrainingError(f"{ranks - len(told)} of {ranks} ranks died without a word (the launcher ended with {code})", outcomes.parent,
                             "see above; the same command goes on from the last checkpoint")  # fmt: skip

@@ -24,7 +24,7 @@ from megatron_steel.errors import SteelError, Stopped
 from megatron_steel.post.load import load_as
 from megatron_steel.post.tune import lora
 from megatron_steel.post.tune.batches import Collator, keep_apart
-from megatron_steel.post.tune.plan import WHOLE, Plan, newest_whole
+from megatron_steel.post.tune.plan import STOP, WHOLE, Plan, newest_whole
 from megatron_steel.post.tune.settings import accumulation
 
 RESULT = "result.json"
@@ -58,21 +58,23 @@ class Preferences(DPOTrainer):
 
 
 class Keeper(TrainerCallback):
-    """Marks checkpoints that are whole, and stops with one when asked: by a signal, or by the death of who supervises.
+    """Marks checkpoints that are whole, and stops with one when asked: by a signal, by a file, or by the supervisor's death.
 
     Args:
-        starter: the supervising process; 0 for none.
+        work: the run's folder. starter: the supervising process; 0 for none.
     """
 
-    def __init__(self, starter: int):
-        self._starter, self._asked, self.stopped = starter, False, False
+    def __init__(self, work: Path, starter: int):
+        self._file, self._starter, self._asked, self.stopped = work / STOP, starter, False, False
 
-    def ask(self, *_: Any) -> None:
-        """A signal's handler."""
+    def ask(self, number: int, *_: Any) -> None:
+        """A signal's handler; the second Ctrl-C means now."""
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if dist.any_rank(self._asked or self._is_orphan()):
+        if dist.any_rank(self._asked or self._file.exists() or self._is_orphan()):
             self.stopped = control.should_training_stop = control.should_save = True
         return control
 
@@ -106,6 +108,16 @@ def train(work: Path, ready: Callable[[Any], None] = lambda model: None) -> None
         SteelError: what only TRL or the model can know is wrong.
     """
     plan = Plan.read(work)
+    keeper = Keeper(work, plan.starter)
+    handlers = {number: signal.signal(number, keeper.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _train(plan, work, keeper, ready)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _train(plan: Plan, work: Path, keeper: Keeper, ready: Callable[[Any], None]) -> None:
     gpu = torch.cuda.is_available()
     if dist.world_size() > 1 or plan.deepspeed:
         dist.start()
@@ -119,16 +131,11 @@ def train(work: Path, ready: Callable[[Any], None] = lambda model: None) -> None
     for one in (model, reference):
         if one is not None and plan.deepspeed:
             ready(one)
-    keeper, resume = Keeper(plan.starter), newest_whole(work)
+    resume = newest_whole(work)
     trainer = _trainer(plan, work, _arguments(plan, work, gpu), model, reference, tokenizer, [keeper])
     if dist.is_main():
         trainer.add_callback(_tensorboard(work, resume))
-    handlers = {number: signal.signal(number, keeper.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     state = trainer.state
     if keeper.stopped and state.global_step < state.max_steps:
         raise Stopped(f"stopped on request at step {state.global_step} of {state.max_steps}; the same command goes on from there")
@@ -152,7 +159,6 @@ def _arguments(plan: Plan, work: Path, gpu: bool) -> dict[str, Any]:
         "use_cpu": not gpu and not plan.deepspeed,
         "dataloader_pin_memory": gpu,
         "disable_tqdm": True,
-        "deepspeed": _deepspeed(plan.deepspeed),
     }
     if not gpu and plan.deepspeed:
         _deepspeed_on_cpus()
@@ -162,8 +168,8 @@ def _arguments(plan: Plan, work: Path, gpu: bool) -> dict[str, Any]:
     if (work / "tokens" / "heldout.arrow").is_file():
         given.setdefault("eval_strategy", "epoch")
     if not given.get("fp16"):
-        given.setdefault("bf16", gpu)  # on a CPU bf16 is slower than fp32, and no result is worth it
-    return given | fixed
+        given.setdefault("bf16", gpu)  # on a CPU bf16 is slower than fp32, and nothing is gained
+    return given | fixed | {"deepspeed": _deepspeed(plan.deepspeed, bool(given.get("bf16")))}
 
 
 def _deepspeed_on_cpus() -> None:
@@ -175,14 +181,16 @@ def _deepspeed_on_cpus() -> None:
     state.distributed_type, state._cpu = DistributedType.DEEPSPEED, False
 
 
-def _deepspeed(file: dict[str, Any] | None) -> dict[str, Any] | None:
+def _deepspeed(file: dict[str, Any] | None, bf16: bool) -> dict[str, Any] | None:
     """A file of `ds_configs/` with what transformers fills in."""
     if file is None:
         return None
+    # Gradients of many micro-batches are summed in fp32, as in pretraining; stage 0 has no buffer for that.
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and file.get("zero_optimization", {}).get("stage") else {}
     zero = {**file.get("zero_optimization", {}), "stage3_gather_16bit_weights_on_model_save": True}
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return {**file, **dict.fromkeys(auto, "auto"), "zero_optimization": zero, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"},
-            "steps_per_print": 1 << 60, "zero_force_ds_cpu_optimizer": False}  # fmt: skip
+            "steps_per_print": 1 << 60, **sums, "zero_force_ds_cpu_optimizer": False}  # fmt: skip
 
 
 def _trainer(plan: Plan, work: Path, arguments: dict[str, Any], model: Any, reference: Any, tokenizer: Any, callbacks: list[Any]) -> Any:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_tuning import conversation, farthest, logged, preferences, run, sums, weights, write_rows, write_tiny
+from tiny_tuning import conversation, farthest, logged, preferences, run, sums, token_mean, weights, write_rows, write_tiny
 
 from megatron_steel.errors import EXIT_BAD_INPUT, EXIT_STOPPED
-from megatron_steel.post.load import load
-from megatron_steel.post.tune.mask import IGNORE, Supervision
 
 ROWS = 12
 
@@ -37,19 +35,6 @@ def tuned(model, tmp_path_factory):
     assert code == 0
     assert {file.name: file.read_bytes() for file in Path(model).iterdir()} == before
     return root
-
-
-def token_mean(folder, rows):
-    """The mean loss of what the assistant says, by transformers' own forward."""
-    loaded = load(str(folder))
-    total, count = 0.0, 0
-    for ids, labels in Supervision(loaded.tokenizer, folder).encode([row["messages"] for row in rows]):
-        with torch.no_grad():
-            logits = loaded.model(input_ids=torch.tensor([ids])).logits[0, :-1]
-        said = torch.tensor(labels[1:])
-        total += float(torch.nn.functional.cross_entropy(logits, said, ignore_index=IGNORE, reduction="sum"))
-        count += int((said != IGNORE).sum())
-    return total / count
 
 
 def test_the_output_is_a_model_like_the_one_that_was_tuned(tuned, model):

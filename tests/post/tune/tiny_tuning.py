@@ -2,12 +2,15 @@
 
 import json
 
+import torch
 from toy_models import write_letters
 
 from megatron_steel import cli
 from megatron_steel.data.chat_template import chatml_template
 from megatron_steel.model.build import build_model
 from megatron_steel.model.configuration_steel import SteelConfig
+from megatron_steel.post.load import load
+from megatron_steel.post.tune.mask import IGNORE, Supervision
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 FFNS = {
@@ -78,3 +81,16 @@ def farthest(one: dict, other: dict) -> float:
     """The largest difference between two sets of weights of the same names."""
     assert one.keys() == other.keys()
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def token_mean(folder, rows):
+    """The mean loss of what the assistant says, by transformers' own forward."""
+    loaded = load(str(folder))
+    total, count = 0.0, 0
+    for ids, labels in Supervision(loaded.tokenizer, folder).encode([row["messages"] for row in rows]):
+        with torch.no_grad():
+            logits = loaded.model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        said = torch.tensor(labels[1:])
+        total += float(torch.nn.functional.cross_entropy(logits, said, ignore_index=IGNORE, reduction="sum"))
+        count += int((said != IGNORE).sum())
+    return total / count
