@@ -17,7 +17,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input)."""
     parser = _parser()
     known, rest = parser.parse_known_args(argv)
-    if rest and (known.action not in (verbs.pretrain, verbs.launch, verbs.sft, verbs.dpo) or any(word.startswith("-") for word in rest)):
+    if rest and (
+        known.action not in (verbs.pretrain, verbs.launch, verbs.sft, verbs.dpo)
+        or any(word.startswith("-") for word in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments = vars(known)
     if rest:  # overrides that stand behind --dry-run
@@ -210,11 +213,19 @@ def _tuning(p: argparse.ArgumentParser, rows: str, batch: int, keys: str) -> Non
     p.add_argument("model", metavar="MODEL_DIR")
     p.add_argument("data", metavar="DATA", help=f"a folder of sft-data, or a jsonl file of {rows}")
     p.add_argument("overrides", nargs="*", metavar="key=value", help=f"TRL's {keys}")
-    p.add_argument("--output", required=True, metavar="DIR", help="the tuned model; the same command goes on with a stopped run")
-    p.add_argument("--global-batch-size", dest="global_batch", type=int, metavar="N", help=f"rows a step (default: {batch})")
+    p.add_argument(
+        "--output", required=True, metavar="DIR", help="the tuned model; the same command goes on with a stopped run"
+    )
+    p.add_argument(
+        "--global-batch-size", dest="global_batch", type=int, metavar="N", help=f"rows a step (default: {batch})"
+    )
     p.add_argument("--num_gpus", type=int, metavar="N", help="ranks (default: one per GPU)")
-    p.add_argument("--deepspeed", metavar="FILE", help="zero2.json, zero3.json, ...: a file of ds_configs by path or name")
-    p.add_argument("--lora", nargs="?", const="", metavar="r=16", help="train adapters of this rank, then join them with the model")
+    p.add_argument(
+        "--deepspeed", metavar="FILE", help="zero2.json, zero3.json, ...: a file of ds_configs by path or name"
+    )
+    p.add_argument(
+        "--lora", nargs="?", const="", metavar="r=16", help="train adapters of this rank, then join them with the model"
+    )
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
 

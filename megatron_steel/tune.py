@@ -77,7 +77,9 @@ def _published_by(target: Path) -> Any:
     try:
         yield
     except OSError as error:
-        raise SteelError(f"cannot write: {error.strerror or error}", target, "mend it and give the same command again") from error
+        raise SteelError(
+            f"cannot write: {error.strerror or error}", target, "mend it and give the same command again"
+        ) from error
 
 
 def _run(work: Path, output: Path, alone: bool) -> None:
@@ -160,7 +162,12 @@ def _ranks(work: Path) -> list[Any]:
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
         alive = process.info["status"] != psutil.STATUS_ZOMBIE
-        if alive and str(work) in words and any(word.startswith("--local_rank=") for word in words) and _MODULE in words[:4]:
+        if (
+            alive
+            and str(work) in words
+            and any(word.startswith("--local_rank=") for word in words)
+            and _MODULE in words[:4]
+        ):
             found.append(process)
     return found
 

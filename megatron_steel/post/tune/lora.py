@@ -20,7 +20,9 @@ def read_lora(text: str | None) -> dict[str, Any] | None:
     for word in filter(None, text.split(",")):
         key, _, value = word.partition("=")
         if key not in ("r", "lora_alpha") or not value.isdecimal() or int(value) < 1:
-            raise SteelError(f"{word!r} is no setting of --lora", "--lora", "write r=16 or r=16,lora_alpha=32, whole numbers from 1")
+            raise SteelError(
+                f"{word!r} is no setting of --lora", "--lora", "write r=16 or r=16,lora_alpha=32, whole numbers from 1"
+            )
         given[key] = int(value)
     rank = given.get("r", _DEFAULT_RANK)
     return {"r": rank, "lora_alpha": given.get("lora_alpha", 2 * rank)}
@@ -32,7 +34,9 @@ def config(model: Any, settings: dict[str, Any]) -> Any:
 
     names = targets(model)
     if not names:
-        raise SteelError("no linear layer of this model can have an adapter", "--lora", "leave --lora out: train all weights")
+        raise SteelError(
+            "no linear layer of this model can have an adapter", "--lora", "leave --lora out: train all weights"
+        )
     return LoraConfig(task_type="CAUSAL_LM", target_modules=names, lora_dropout=0.0, bias="none", **settings)
 
 
@@ -42,14 +46,18 @@ def linears(model: Any) -> dict[str, Any]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    return {name: part for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head}
+    return {
+        name: part for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head
+    }
 
 
 def targets(model: Any) -> list[str]:
     """Names of those that get an adapter."""
     from megatron_steel.model.build import fetched_whole
 
-    read_whole = {id(part) for mixture in fetched_whole(model) for expert in _experts(mixture) for part in expert.modules()}
+    read_whole = {
+        id(part) for mixture in fetched_whole(model) for expert in _experts(mixture) for part in expert.modules()
+    }
     return [name for name, part in linears(model).items() if id(part) not in read_whole]
 
 

@@ -85,7 +85,9 @@ class Supervision:
                         raise SteelError(f"the template with marks renders another text than the model's own: {ours!r} instead of {text!r}",
                                          f"{self._where}, conversation {messages!r}"[:500],
                                          "add {% generation %} marks to the model's own template")  # fmt: skip
-            return apply(batch, chat_template=self._template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            return apply(
+                batch, chat_template=self._template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
         except TemplateError as error:
             raise SteelError(f"the chat template does not take a conversation: {error}", self._where,
                              "leave such rows out, or use the template that the model was trained with") from None  # fmt: skip
@@ -99,7 +101,9 @@ class Supervision:
                 runs.append([])
             if learned:
                 runs[-1].append(tokens.ids[place])
-        special = set(self._tokenizer.all_special_ids) | {i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special}
+        special = set(self._tokenizer.all_special_ids) | {
+            i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special
+        }
         texts = [self._tokenizer.decode(run[:-1]).strip() for run in runs if run and run[-1] in special]
         if len(texts) != 2 or not all(text.endswith(reply) for text, reply in zip(texts, ("a1", "a2"), strict=True)):
             raise SteelError("the template's marks do not hold each reply and the token that ends it", self._where,

@@ -45,7 +45,9 @@ def prepare(plan: Plan, data: str, output: Path) -> Path | None:
         _resume(work)
         return work
     if work.exists() and not {file.name for file in work.iterdir()} <= {"tokens"}:  # what a killed preparation leaves
-        raise SteelError("the place where the run would be made holds something else", work, "move it away, or name another --output")
+        raise SteelError(
+            "the place where the run would be made holds something else", work, "move it away, or name another --output"
+        )
     plan = replace(plan, counts=_facts(plan, model))
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -64,13 +66,17 @@ def _identity(model: Path, files: dict[str, Path]) -> dict[str, Any]:
     for file in sorted(model.iterdir()) if model.is_dir() else []:
         if file.is_file():
             size = file.stat().st_size
-            found[f"model {file.name}"] = sha256(file) if size <= _DIGESTED else f"{size} bytes, {file.stat().st_mtime_ns}"
+            found[f"model {file.name}"] = (
+                sha256(file) if size <= _DIGESTED else f"{size} bytes, {file.stat().st_mtime_ns}"
+            )
     return found
 
 
 def _require_same(plan: Plan, folder: Path, output: Path) -> Plan:
     if not (folder / FILE).is_file():
-        raise SteelError("the output exists already and is never overwritten", folder, "name another --output, or move this one away")
+        raise SteelError(
+            "the output exists already and is never overwritten", folder, "name another --output, or move this one away"
+        )
     found = Plan.read(folder)
     differs = plan.differs(replace(found, settings=found.settings | _resolved(plan, found)))
     if differs:
@@ -82,7 +88,11 @@ def _require_same(plan: Plan, folder: Path, output: Path) -> Plan:
 def _resolved(plan: Plan, found: Plan) -> dict[str, Any]:
     """`max_length` is None in a plan until the model was read; nobody said it then and nobody says it now."""
     asked = found.counts.get("max_length_asked")
-    return {"max_length": plan.settings["max_length"] if plan.settings["max_length"] == asked else found.settings["max_length"]}
+    return {
+        "max_length": plan.settings["max_length"]
+        if plan.settings["max_length"] == asked
+        else found.settings["max_length"]
+    }
 
 
 def _resume(work: Path) -> None:
@@ -100,7 +110,9 @@ def _facts(plan: Plan, model: Path) -> dict[str, Any]:
 
     tokenizer, config = load_tokenizer_and_config(plan.model, plan.trust_code)
     if tokenizer is None:
-        raise SteelError("the folder has no Hugging Face tokenizer", model, "put the tokenizer's files beside the model")
+        raise SteelError(
+            "the folder has no Hugging Face tokenizer", model, "put the tokenizer's files beside the model"
+        )
     if not any(file.suffix in (".safetensors", ".bin") for file in model.iterdir()):
         raise SteelError("the folder has no weights", model, "name a folder that `megatron-steel export` wrote")
     text = config.get_text_config()
@@ -146,12 +158,18 @@ def _hollow(config: Any, trust_code: bool) -> Any:
 def _tokenize(plan: Plan, files: dict[str, Path], work: Path) -> Plan:
     reach, asked = plan.counts["reach"], plan.settings["max_length"]
     if asked is not None and reach is not None and asked > reach:
-        raise SteelError(f"max_length={asked} is longer than the {reach} tokens that the model reaches", "max_length", f"at most {reach}")
+        raise SteelError(
+            f"max_length={asked} is longer than the {reach} tokens that the model reaches",
+            "max_length",
+            f"at most {reach}",
+        )
     longest = asked or min(settings.LONGEST, reach or settings.LONGEST)
     tokenizer, _ = load_tokenizer_and_config(plan.model, plan.trust_code)
     supervision, counts = Supervision(tokenizer, plan.model), dict(plan.counts)
     for side, file in files.items():
-        counts[side] = write_tokens(work / "tokens" / f"{side}.arrow", file, plan.kind, supervision, longest, plan.packing)
+        counts[side] = write_tokens(
+            work / "tokens" / f"{side}.arrow", file, plan.kind, supervision, longest, plan.packing
+        )
     counts["forged"] = supervision.forged
     micro = plan.settings["per_device_train_batch_size"]
     cut = settings.accumulation(plan.global_batch, micro, plan.ranks)

@@ -37,7 +37,9 @@ def publish(plan: Plan, work: Path, output: Path) -> None:
         os.replace(work, output)
         sync(output.parent)
     except OSError as error:
-        raise SteelError(f"cannot write: {error.strerror or error}", work, "mend it and give the same command again") from error
+        raise SteelError(
+            f"cannot write: {error.strerror or error}", work, "mend it and give the same command again"
+        ) from error
 
 
 def _assemble(plan: Plan, work: Path) -> None:
@@ -61,7 +63,13 @@ def copy_companions(source: Path, folder: Path) -> None:
     refuse_outside(source)
     for file in sorted(source.iterdir()):
         name = file.name.lower()
-        if file.is_file() and not name.endswith(_WEIGHTS) and name not in _OF_WEIGHTS and "sha256" not in name and name[0] != ".":
+        if (
+            file.is_file()
+            and not name.endswith(_WEIGHTS)
+            and name not in _OF_WEIGHTS
+            and "sha256" not in name
+            and name[0] != "."
+        ):
             shutil.copyfile(file, folder / file.name)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")

@@ -37,10 +37,14 @@ def data_files(data: str) -> dict[str, Path]:
     if path.is_file():
         return {"train": path}
     if not path.is_dir():
-        raise SteelError("there is no such data", path, "name a folder that `megatron-steel sft-data` wrote, or a jsonl file")
+        raise SteelError(
+            "there is no such data", path, "name a folder that `megatron-steel sft-data` wrote, or a jsonl file"
+        )
     found = {side: path / name for side, name in (("train", TRAIN), ("heldout", HELDOUT)) if (path / name).is_file()}
     if "train" not in found:
-        raise SteelError(f"the folder has no {TRAIN}", path, "name a folder that `megatron-steel sft-data` wrote, or a jsonl file")
+        raise SteelError(
+            f"the folder has no {TRAIN}", path, "name a folder that `megatron-steel sft-data` wrote, or a jsonl file"
+        )
     return found
 
 
@@ -123,7 +127,9 @@ def _column(row: Any, name: str) -> Any:
         raise _Unfit("not a JSON object")
     if name not in row:
         other = next((hint for column, hint in _ELSEWHERE if column in row), "")
-        raise _Unfit(f"no {name!r}, it has {', '.join(map(repr, list(row)[:6])) or 'nothing'}" + (f" ({other})" if other else ""))
+        raise _Unfit(
+            f"no {name!r}, it has {', '.join(map(repr, list(row)[:6])) or 'nothing'}" + (f" ({other})" if other else "")
+        )
     return row[name]
 
 

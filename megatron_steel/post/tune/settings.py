@@ -113,7 +113,9 @@ def _trl_parser(kind: str) -> tuple[argparse.ArgumentParser, set[str]]:
             raise _Refused(message.partition(": ")[2] or message)
 
     config = getattr(trl, _class_name(kind))
-    return Parser(config, allow_abbrev=False, add_help=False), {field.name for field in dataclasses.fields(config) if field.init}
+    return Parser(config, allow_abbrev=False, add_help=False), {
+        field.name for field in dataclasses.fields(config) if field.init
+    }
 
 
 def _words(parser: argparse.ArgumentParser, key: str, text: str) -> list[str]:

@@ -39,7 +39,10 @@ def after(plan: Plan, output: Path) -> str:
     seconds = next((line["train_runtime"] for line in reversed(log) if "train_runtime" in line), None)
     if seconds is not None:
         lines.append(f"  time              {seconds:,.0f} s since the last start")
-    lines += [f"  talk with it      megatron-steel generate {output} --chat", f"  curves            tensorboard --logdir {output}/tensorboard"]
+    lines += [
+        f"  talk with it      megatron-steel generate {output} --chat",
+        f"  curves            tensorboard --logdir {output}/tensorboard",
+    ]
     return "\n".join(lines)
 
 
@@ -58,7 +61,9 @@ def _trained(plan: Plan) -> str:
     total = plan.counts["parameters"]
     if not plan.lora:
         return f"all {total:,} weights"
-    text = f"{plan.counts['trained']:,} weights of {plan.counts['adapters']} adapters (rank {plan.lora['r']}) on {total:,}"
+    text = (
+        f"{plan.counts['trained']:,} weights of {plan.counts['adapters']} adapters (rank {plan.lora['r']}) on {total:,}"
+    )
     left = plan.counts["left_out"]
     return text + (f"; {left} layers of experts have none: the model reads their weights directly" if left else "")
 

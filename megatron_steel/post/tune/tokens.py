@@ -20,7 +20,9 @@ _BATCH = 500
 _COLUMNS = {"sft": ("input_ids", "labels"), "dpo": ("prompt_ids", "chosen_ids", "rejected_ids")}
 
 
-def write_tokens(file: Path, source: Path, kind: str, supervision: Supervision, longest: int, packing: bool) -> dict[str, int]:
+def write_tokens(
+    file: Path, source: Path, kind: str, supervision: Supervision, longest: int, packing: bool
+) -> dict[str, int]:
     """Tokenize one jsonl file to one Arrow file.
 
     Args:
@@ -67,11 +69,15 @@ def _sft(rows: list[dict[str, Any]], supervision: Supervision, longest: int, cou
 
 
 def _dpo(rows: list[dict[str, Any]], supervision: Supervision, longest: int, counts: dict[str, int]) -> Iterator[Any]:
-    chosen, rejected = (supervision.encode([row["prompt"] + row[side] for row in rows]) for side in ("chosen", "rejected"))
+    chosen, rejected = (
+        supervision.encode([row["prompt"] + row[side] for row in rows]) for side in ("chosen", "rejected")
+    )
     for good, bad in zip(chosen, rejected, strict=True):
         (prompt, yes), (other, no) = prompt_and_reply(good), prompt_and_reply(bad)
         if prompt != other:  # a tokenizer that joins the reply's first letters to what stands before it
-            same = next((i for i, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b), min(len(prompt), len(other)))
+            same = next(
+                (i for i, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b), min(len(prompt), len(other))
+            )
             yes, no, prompt = [*prompt[same:], *yes], [*other[same:], *no], prompt[:same]
         room = longest - len(prompt)
         counts["cut"] += max(len(yes), len(no)) > room

@@ -34,7 +34,9 @@ WEIGHTS = "weights"
 class Supervised(SFTTrainer):
     """SFT whose held-out loss is the mean over all supervised tokens, on any number of ranks."""
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         model, sums = self.model_wrapped, torch.zeros(2, dtype=torch.float64)
         model.eval()
         for batch in self.get_eval_dataloader(eval_dataset):
@@ -138,7 +140,9 @@ def _train(plan: Plan, work: Path, keeper: Keeper, ready: Callable[[Any], None])
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     state = trainer.state
     if keeper.stopped and state.global_step < state.max_steps:
-        raise Stopped(f"stopped on request at step {state.global_step} of {state.max_steps}; the same command goes on from there")
+        raise Stopped(
+            f"stopped on request at step {state.global_step} of {state.max_steps}; the same command goes on from there"
+        )
     trainer.save_model(str(work / WEIGHTS))  # collective: ZeRO-3 gathers
     if dist.is_main():
         (work / RESULT).write_text(json.dumps({"steps": state.global_step, "log": state.log_history}), encoding="utf-8")
@@ -186,15 +190,23 @@ def _deepspeed(file: dict[str, Any] | None, bf16: bool) -> dict[str, Any] | None
     if file is None:
         return None
     # Gradients of many micro-batches are summed in fp32, as in pretraining; stage 0 has no buffer for that.
-    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and file.get("zero_optimization", {}).get("stage") else {}
+    sums = (
+        {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and file.get("zero_optimization", {}).get("stage") else {}
+    )
     zero = {**file.get("zero_optimization", {}), "stage3_gather_16bit_weights_on_model_save": True}
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return {**file, **dict.fromkeys(auto, "auto"), "zero_optimization": zero, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"},
             "steps_per_print": 1 << 60, **sums, "zero_force_ds_cpu_optimizer": False}  # fmt: skip
 
 
-def _trainer(plan: Plan, work: Path, arguments: dict[str, Any], model: Any, reference: Any, tokenizer: Any, callbacks: list[Any]) -> Any:
-    rows = {side: Dataset.from_file(str(file)) for side in ("train", "heldout") if (file := work / "tokens" / f"{side}.arrow").is_file()}
+def _trainer(
+    plan: Plan, work: Path, arguments: dict[str, Any], model: Any, reference: Any, tokenizer: Any, callbacks: list[Any]
+) -> Any:
+    rows = {
+        side: Dataset.from_file(str(file))
+        for side in ("train", "heldout")
+        if (file := work / "tokens" / f"{side}.arrow").is_file()
+    }
     shared: dict[str, Any] = {"train_dataset": rows["train"], "eval_dataset": rows.get("heldout"), "processing_class": tokenizer,
                               "callbacks": callbacks, "peft_config": lora.config(model, plan.lora) if plan.lora else None}  # fmt: skip
     try:

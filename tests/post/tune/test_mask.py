@@ -144,7 +144,9 @@ def test_a_row_that_the_models_own_template_renders_otherwise_is_named(letters):
     marks = tokenizer.chat_template
     plain = marks.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
     # As long as nobody says "secret", the same text; no probe can know.
-    tokenizer.chat_template = plain.replace("message['content'] +", "(message['content'] | replace('secret', 'xxxxxx')) +")
+    tokenizer.chat_template = plain.replace(
+        "message['content'] +", "(message['content'] | replace('secret', 'xxxxxx')) +"
+    )
     supervision = Supervision(tokenizer, "here")
     assert supervision.encode([conversation("a", "b")["messages"]])
     with pytest.raises(SteelError, match="renders another text than the model's own"):

@@ -1,10 +1,12 @@
 """Packed conversations do not see each other: loss and gradient are those of each alone; and adapters reach what they claim."""
 
 import copy
+from itertools import chain
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tiny_tuning import FFNS, sums, write_rows, write_tiny
 from transformers import AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
@@ -16,13 +18,18 @@ from megatron_steel.post.tune.batches import Collator, keep_apart, pack
 from megatron_steel.post.tune.mask import Supervision
 from megatron_steel.post.tune.tokens import write_tokens
 
-CAUSAL = ["llama", *(name for name in FFNS if name != "v3")]
+
+def _kinds(*default):
+    """Every kind of model, the others with the slow tests."""
+    kinds = ["llama", *FFNS]
+    return [pytest.param(kind, marks=[] if kind in default else pytest.mark.slow) for kind in kinds]
 
 
 def tokens(folder, tmp_path, count=14):
     """The rows of `sums` as a data set of ids and labels."""
     supervision = Supervision(AutoTokenizer.from_pretrained(folder), folder)
-    write_tokens(tmp_path / "t.arrow", write_rows(tmp_path / "r.jsonl", sums(count)), "sft", supervision, 512, packing=False)
+    source = write_rows(tmp_path / "r.jsonl", sums(count))
+    write_tokens(tmp_path / "t.arrow", source, "sft", supervision, 512, packing=False)
     return Dataset.from_file(str(tmp_path / "t.arrow"))
 
 
@@ -37,14 +44,14 @@ def loss_and_gradient(model, batches):
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", [kind for kind in _kinds("llama", "prefix") if "v3" not in kind.values])
 def test_packed_is_as_good_as_alone(kind, tmp_path):
     folder = write_tiny(tmp_path / "model", kind)
     model, tokenizer = load_as(folder, False, torch.float32)
     rows = tokens(folder, tmp_path)
     packed = pack(rows, 256)
     assert len(packed) < len(rows) / 2
-    assert sorted(sum(packed["input_ids"], [])) == sorted(sum(rows["input_ids"], []))
+    assert sorted(chain(*packed["input_ids"])) == sorted(chain(*rows["input_ids"]))
     collate = Collator(tokenizer.pad_token_id)
     together = [collate(list(packed)[i : i + 2]) for i in range(0, len(packed), 2)]
     keep_apart(model.train())
@@ -77,19 +84,16 @@ def test_a_model_that_sees_the_future_cannot_pack(tmp_path):
     assert caught.value.where == "--packing"
 
 
-@pytest.mark.parametrize("kind", ["llama", *FFNS])
+@pytest.mark.parametrize("kind", _kinds("dense", "lagged"))
 def test_adapters_are_used_and_merge(kind, tmp_path):
     """Every adapter gets a gradient; a layer that is read without being called has none; joined, the model is the same."""
-    from peft import get_peft_model
-
     folder = write_tiny(tmp_path / "model", kind)
     model, _ = load_as(folder, False, torch.float32)
     ids = torch.arange(24)[None] + 5
-    plain = copy.deepcopy(model)
+    plain, names = copy.deepcopy(model), [name for name, _ in model.named_parameters()]
     # What would be reached if every linear layer had an adapter; those that get no gradient are not used.
-    from peft import LoraConfig
-
-    everywhere = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=list(lora.linears(model))))
+    all_linears = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=list(lora.linears(model)))
+    everywhere = get_peft_model(copy.deepcopy(model), all_linears)
     everywhere(input_ids=ids, labels=ids).loss.backward()
     used = {name.removeprefix("base_model.model.").partition(".lora_B")[0]
             for name, p in everywhere.named_parameters() if "lora_B" in name and p.grad is not None}  # fmt: skip
@@ -103,5 +107,5 @@ def test_adapters_are_used_and_merge(kind, tmp_path):
     expected = adapted(input_ids=ids).logits
     adapted.save_pretrained(tmp_path / "adapter")
     merged = lora.merge(plain, tmp_path / "adapter")
-    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in load_as(folder, False, torch.float32)[0].named_parameters()}
+    assert [name for name, _ in merged.named_parameters()] == names
     assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=0)

@@ -42,4 +42,6 @@ def test_the_assistants_words_are_learned_from_real_rows(shared_data, tmp_path, 
     assert losses[-1] < losses[0] - 2
     assert logged(tmp_path / "out", "eval_loss")[-1] == pytest.approx(after, rel=5e-3)  # the output is rounded to bf16
     assert load(str(tmp_path / "out")).model.config.dtype == torch.bfloat16
-    assert (tmp_path / "out" / "merges.txt").read_bytes() == (shared_data / "qwen_tokenizer" / "merges.txt").read_bytes()
+    assert (tmp_path / "out" / "merges.txt").read_bytes() == (
+        shared_data / "qwen_tokenizer" / "merges.txt"
+    ).read_bytes()
