@@ -11,6 +11,7 @@ Holds together what may not know each other: training's DeepSpeed and the fine-t
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,13 +85,18 @@ def _published_by(target: Path) -> Any:
 
 def _run(work: Path, output: Path, alone: bool) -> None:
     from megatron_steel.post.tune import summary
-    from megatron_steel.post.tune.plan import Plan
+    from megatron_steel.post.tune.plan import Plan, newest_whole
     from megatron_steel.post.tune.publish import publish
 
     plan = Plan.read(work)
     print(summary.before(plan, output), flush=True)
-    if not (work / "result.json").is_file():
-        _train_here(work) if alone else _launch(plan.ranks, work)
+    try:
+        if not (work / "result.json").is_file():
+            _train_here(work) if alone else _launch(plan.ranks, work)
+    except SteelError as error:
+        if error.exit_code == EXIT_BAD_INPUT and newest_whole(work) is None:
+            shutil.rmtree(work, ignore_errors=True)  # nothing came of it
+        raise
     publish(plan, work, output)
     print(summary.after(plan, output), flush=True)
 

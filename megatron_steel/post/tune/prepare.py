@@ -39,12 +39,15 @@ def prepare(plan: Plan, data: str, output: Path) -> Path | None:
         _require_same(plan, output, output)
         dist.log.info("%s is complete already", output)
         return None
-    if (work / FILE).is_file():
+    begun = (work / FILE).is_file()
+    if begun and (newest_whole(work) or (work / "result.json").is_file()):
         found = _require_same(plan, work, output)
         replace(found, starter=plan.starter).write(work)
         _resume(work)
         return work
-    if work.exists() and not {file.name for file in work.iterdir()} <= {"tokens"}:  # what a killed preparation leaves
+    if begun:
+        Plan.read(work)  # ours, and nothing came of it: it is made anew
+    elif work.exists() and not {file.name for file in work.iterdir()} <= {"tokens"}:  # what a killed preparation leaves
         raise SteelError(
             "the place where the run would be made holds something else", work, "move it away, or name another --output"
         )

@@ -149,6 +149,7 @@ def test_bad_models_data_and_outputs_are_named(letters, refused, tmp_path):
     assert "did you mean learning_rate" in refused("dpo", letters, rows, "learning_rte=1")
     assert "there is no DeepSpeed file" in refused("sft", letters, rows, "--deepspeed", "zero9.json")
     assert "these rows are conversations" in refused("dpo", letters, rows)
+    assert "TRL refuses these settings" in refused("sft", letters, rows, "eval_strategy=steps")  # nothing is held out
 
 
 def test_an_output_that_holds_something_else_is_left_alone(letters, tmp_path, capsys):
@@ -160,6 +161,10 @@ def test_an_output_that_holds_something_else_is_left_alone(letters, tmp_path, ca
         assert ("never overwritten" if name == "out" else "holds something else") in capsys.readouterr().err
         assert [file.name for file in (tmp_path / name).iterdir()] == ["mine.txt"]
         shutil.rmtree(tmp_path / name)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "run.json").write_text("{}")
+    assert run("sft", letters, rows, "--output", tmp_path / "out") == EXIT_BAD_INPUT
+    assert "this is no run of sft or dpo" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
