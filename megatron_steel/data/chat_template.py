@@ -15,6 +15,8 @@ from typing import Any
 from megatron_steel.data.chatml import SYSTEM
 from megatron_steel.errors import SteelError
 
+TRAINING_FILE = "chat_template_training.jinja"
+"""Where it lies beside a tokenizer that has a template without marks; transformers reads `chat_template.jinja` alone."""
 START, END = "<|im_start|>", "<|im_end|>"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _USER, _ASSISTANT = {"role": "user", "content": " 问\n"}, {"role": "assistant", "content": "\n答 "}

@@ -16,7 +16,7 @@ from megatron_steel.errors import SteelError
 from megatron_steel.model.folder import refuse_outside
 from megatron_steel.post.tune import lora
 from megatron_steel.post.tune.plan import Plan
-from megatron_steel.post.tune.trainers import WEIGHTS
+from megatron_steel.post.tune.trainers import RESULT, WEIGHTS
 
 ADAPTER = "adapter"
 # Not copied: weights, and what speaks of them.
@@ -48,7 +48,7 @@ def _assemble(plan: Plan, work: Path) -> None:
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     weights = _merged(plan, work, made) if plan.lora else work / WEIGHTS
-    _cast(weights, made, _dtype_of(Path(plan.model)))
+    _cast(weights, made, _dtype_of(Path(plan.model)), _tied_names(work))
     copy_companions(Path(plan.model), made)
     for file in made.iterdir():
         place = work / file.name
@@ -96,16 +96,23 @@ def _dtype_of(folder: Path) -> Any:
     return getattr(torch, str(tree.get("dtype") or tree.get("torch_dtype") or "float32"), torch.float32)
 
 
-def _cast(source: Path, target: Path, dtype: Any) -> None:
-    """Copy safetensors, floating-point tensors in `dtype`; a shard at a time."""
+def _tied_names(work: Path) -> list[str]:
+    """Weights that are another weight by another name: ZeRO-1 and 2 hand them out as copies."""
+    return json.loads((work / RESULT).read_text(encoding="utf-8"))["tied"]
+
+
+def _cast(source: Path, target: Path, dtype: Any, tied: list[str]) -> None:
+    """Copy safetensors but the tied names, floating-point tensors in `dtype`; a shard at a time."""
     from safetensors.torch import load_file, save_file
 
     size = 0
     for file in sorted(source.glob("*.safetensors")):
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(file).items()}
+        read = {name: t for name, t in load_file(file).items() if name not in tied}
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in read.items()}
         size += sum(t.numel() * t.element_size() for t in tensors.values())
         save_file(tensors, target / file.name, metadata={"format": "pt"})
     for file in source.glob("*.safetensors.index.json"):
         index = json.loads(file.read_text(encoding="utf-8"))
+        index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if name not in tied}
         index.setdefault("metadata", {})["total_size"] = size
         (target / file.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

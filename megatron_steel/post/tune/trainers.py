@@ -111,7 +111,8 @@ def train(work: Path, ready: Callable[[Any], None] = lambda model: None) -> None
     """
     plan = Plan.read(work)
     keeper = Keeper(work, plan.starter)
-    handlers = {number: signal.signal(number, keeper.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    asking = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, keeper.ask) for number in asking}
     try:
         _train(plan, work, keeper, ready)
     finally:
@@ -145,7 +146,9 @@ def _train(plan: Plan, work: Path, keeper: Keeper, ready: Callable[[Any], None])
         )
     trainer.save_model(str(work / WEIGHTS))  # collective: ZeRO-3 gathers
     if dist.is_main():
-        (work / RESULT).write_text(json.dumps({"steps": state.global_step, "log": state.log_history}), encoding="utf-8")
+        tied = list(getattr(model, "all_tied_weights_keys", None) or {})  # none where they are not tied
+        result = {"steps": state.global_step, "tied": tied, "log": state.log_history}
+        (work / RESULT).write_text(json.dumps(result), encoding="utf-8")
     dist.barrier()
 
 
