@@ -62,25 +62,19 @@ def tune(
     ranks = num_gpus or _gpus()
     batch = settings.GLOBAL_BATCH[kind] if global_batch is None else global_batch
     settings.accumulation(batch, values["per_device_train_batch_size"], ranks)
-    alone = ranks == 1 and config is None
+    alone = ranks == 1 == _gpus() and config is None  # of several GPUs the launcher shows a rank its own
     plan = Plan(kind, str(Path(model).resolve()), trust_code, values, batch, ranks, config, read_lora(lora), packing, {},
                 starter=0 if alone else os.getpid())  # fmt: skip
     target = Path(output)
-    with _published_by(target), reserved(target):
-        work = prepare(plan, data, target)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(reserved(target))
+            work = prepare(plan, data, target)
+        except OSError as error:  # what the file system has against the output
+            remedy = "mend it and give the same command again"
+            raise SteelError(f"cannot write: {error.strerror or error}", target, remedy) from error
         if work is not None:
             _run(work, target, alone)
-
-
-@contextlib.contextmanager
-def _published_by(target: Path) -> Any:
-    """What the file system has against the output is the user's to mend."""
-    try:
-        yield
-    except OSError as error:
-        raise SteelError(
-            f"cannot write: {error.strerror or error}", target, "mend it and give the same command again"
-        ) from error
 
 
 def _run(work: Path, output: Path, alone: bool) -> None:
