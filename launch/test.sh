@@ -2,7 +2,7 @@
 # Set everything up and run every check: bash launch/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/install.sh test eval
+bash launch/install.sh test eval sft
 # megatron-core is the independent reader and writer of .bin/.idx; beside the environment, for tests only.
 if ! [ -d .venv/megatron-core ]; then
   .venv/bin/pip install -q --disable-pip-version-check --no-deps --only-binary=:all: --target .venv/megatron-core \

@@ -17,7 +17,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input)."""
     parser = _parser()
     known, rest = parser.parse_known_args(argv)
-    if rest and (known.action not in (verbs.pretrain, verbs.launch) or any(word.startswith("-") for word in rest)):
+    if rest and (
+        known.action not in (verbs.pretrain, verbs.launch, verbs.sft, verbs.dpo)
+        or any(word.startswith("-") for word in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments = vars(known)
     if rest:  # overrides that stand behind --dry-run
@@ -182,6 +185,13 @@ def _models(verb: AddVerb) -> None:
     p.add_argument("--force-test-splits", action="store_true", help="train on test splits of benchmarks all the same")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
+    p = verb(verbs.sft, "fine-tune a model on conversations: docs/sft.md (extra: sft)")
+    _tuning(p, "messages", 256, "SFTConfig, as learning_rate=1e-5 (default: 2e-5, 4 epochs, cosine)")
+    p.add_argument("--packing", action="store_true", help="several conversations in a row, unseen by each other")
+
+    p = verb(verbs.dpo, "tune a model on preferences, by DPO: docs/sft.md (extra: sft)")
+    _tuning(p, "preferences", 128, "DPOConfig, as beta=0.05 (default: beta 0.1, 5e-6, 3 epochs)")
+
     p = verb(verbs.audit, "can the model see the future, what is its honest loss, do its FFNs work")
     p.add_argument("source", metavar="HF_DIR_OR_CHECKPOINT")
     p.add_argument("--data", metavar="PREFIX", help="a data set for the losses (default: random tokens)")
@@ -211,6 +221,26 @@ def _models(verb: AddVerb) -> None:
     p.add_argument("--items", metavar="FILE", help="write one JSON line a question here")
     p.add_argument("--tensorboard", metavar="DIR", help="write the scores against the exports' steps here")
     p.add_argument("--picture", metavar="FILE", help="write a bar chart beside published scores here (PNG)")
+    p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+
+
+def _tuning(p: argparse.ArgumentParser, rows: str, batch: int, keys: str) -> None:
+    p.add_argument("model", metavar="MODEL_DIR")
+    p.add_argument("data", metavar="DATA", help=f"a folder of sft-data, or a jsonl file of {rows}")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help=f"TRL's {keys}")
+    p.add_argument(
+        "--output", required=True, metavar="DIR", help="the tuned model; the same command goes on with a stopped run"
+    )
+    p.add_argument(
+        "--global-batch-size", dest="global_batch", type=int, metavar="N", help=f"rows a step (default: {batch})"
+    )
+    p.add_argument("--num_gpus", type=int, metavar="N", help="ranks (default: one per GPU)")
+    p.add_argument(
+        "--deepspeed", metavar="FILE", help="zero2.json, zero3.json, ...: a file of ds_configs by path or name"
+    )
+    p.add_argument(
+        "--lora", nargs="?", const="", metavar="r=16", help="train adapters of this rank, then join them with the model"
+    )
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
 

@@ -74,7 +74,7 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
         where = ["--hostfile", hostfile] if hostfile else []
         if num_gpus is None and not hostfile and not _sees_gpus():
             num_gpus = 2
-        supervisor.run([*where, *_ranks(num_gpus, bool(hostfile))])
+        supervisor.run([*where, *ranks_options(num_gpus, bool(hostfile))])
 
 
 class Supervisor:
@@ -169,7 +169,7 @@ class Supervisor:
                 self._folder.rmdir()  # a run that never began leaves no folder
 
     def _start(self, reports: Path, where: list[str]) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", _free_port(), "--module",
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", free_port(), "--module",
                    "megatron_steel.pretrain", f"{report.OPTION}{reports}", *self._words]  # fmt: skip
         parent, libc = os.getpid(), ctypes.CDLL(None)
 
@@ -262,7 +262,7 @@ class Supervisor:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _ranks(num_gpus: int | None, nodes: bool) -> list[str]:
+def ranks_options(num_gpus: int | None, nodes: bool = False) -> list[str]:
     """The launcher's options for the number of ranks. With `--num_gpus` it would forget CUDA_VISIBLE_DEVICES."""
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if num_gpus is None:
@@ -300,7 +300,7 @@ def _kill(processes: list[Any]) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
-def _free_port() -> str:
+def free_port() -> str:
     """A port for the rendezvous that nobody listens on now; should it be taken in between, the next start has another."""
     with socket.socket() as probe:
         probe.bind(("", 0))

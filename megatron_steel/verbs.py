@@ -151,6 +151,18 @@ def sft_data(spec: str, output: str, force_test_splits: bool, workers: int | Non
     print(table(sft_data(spec, output, force_test_splits, workers)))
 
 
+def sft(model: str, data: str, **settings: Any) -> None:
+    from megatron_steel.tune import tune
+
+    tune("sft", model, data, **settings)
+
+
+def dpo(model: str, data: str, **settings: Any) -> None:
+    from megatron_steel.tune import tune
+
+    tune("dpo", model, data, packing=False, **settings)
+
+
 def audit(source: str, **settings: Any) -> None:
     from megatron_steel.audit import audit
 

@@ -37,11 +37,19 @@ def load(model_dir: str, trust_code: bool = False) -> Loaded:
         SteelError: no such folder, an unreadable one, foreign code without `trust_code`, or another model's tokenizer.
     """
     import torch
+
+    gpu = torch.cuda.is_available()
+    model, tokenizer = load_as(model_dir, trust_code, torch.bfloat16 if gpu else torch.float32)
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    return Loaded(model.eval().to(device), tokenizer, device)
+
+
+def load_as(model_dir: str, trust_code: bool, dtype: "torch.dtype") -> tuple[Any, Any]:
+    """The model in `dtype` on the CPU, and its tokenizer (or None). Raises as `load` does."""
     from transformers import AutoModelForCausalLM
 
     folder, own = _allowed(model_dir, trust_code)
-    gpu = torch.cuda.is_available()
-    settings: dict[str, Any] = {"dtype": torch.bfloat16 if gpu else torch.float32, "local_files_only": True}
+    settings: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     with _named(folder):
         if own:
             from megatron_steel.model.modeling_steel import SteelForCausalLM
@@ -50,16 +58,24 @@ def load(model_dir: str, trust_code: bool = False) -> Loaded:
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_code, **settings)
         tokenizer = _tokenizer(folder, model.config, trust_code)
-    embedded = model.get_input_embeddings().num_embeddings
+    require_vocabulary(folder, tokenizer, model.get_input_embeddings().num_embeddings)
+    return model, tokenizer
+
+
+def require_vocabulary(folder: Path, tokenizer: Any, embedded: int) -> None:
+    """Raise SteelError where a tokenizer has more tokens than its model has rows."""
     if tokenizer is not None and len(tokenizer) > embedded:
         raise SteelError(f"the tokenizer has {len(tokenizer):,} tokens and the model only {embedded:,}: it is another model's",
                          folder, "put the tokenizer that the model was trained with into the folder")  # fmt: skip
-    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
-    return Loaded(model.eval().to(device), tokenizer, device)
 
 
 def load_tokenizer(model_dir: str, trust_code: bool = False) -> Any:
     """A folder's tokenizer without its weights, to refuse early what `load` would refuse late. None: it has only a .model."""
+    return load_tokenizer_and_config(model_dir, trust_code)[0]
+
+
+def load_tokenizer_and_config(model_dir: str, trust_code: bool = False) -> tuple[Any, Any]:
+    """A folder's tokenizer (or None) and configuration. Raises as `load` does, the size of the vocabulary apart."""
     from transformers import AutoConfig
 
     folder, own = _allowed(model_dir, trust_code)
@@ -70,7 +86,7 @@ def load_tokenizer(model_dir: str, trust_code: bool = False) -> Any:
             config: Any = SteelConfig.from_pretrained(folder, local_files_only=True)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_code)
-        return _tokenizer(folder, config, trust_code)
+        return _tokenizer(folder, config, trust_code), config
 
 
 def template_tokenizer(tokenizer_dir: str) -> Any:

@@ -149,21 +149,26 @@ def start_engine(
         config: the whole dict of `engine_config`.
     """
     deepspeed = quiet_deepspeed(device)
-    from deepspeed.utils import set_z3_leaf_module
-
     offload = offloads_optimizer(config)
     kernel = dist.together(lambda: optimizer.choose(optim.kernel, device.type, offload))
     assert kernel is not None
     dist.log.info("optimizer: AdamW by %s%s", kernel, " (optim.kernel: auto)" if optim.kernel == "auto" else "")
     adam = optimizer.build(kernel, groups, optim, device.type, offload)
-    for module in fetched_whole(model):
-        set_z3_leaf_module(module, True)
+    fetch_mixtures_whole(model)
     engine = deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
     if hasattr(engine.optimizer, "fp32_groups") and zero_stage(config) == 0:
         # At stage 0 in bf16 DeepSpeed steps once over zeros at start and leaves Adam's counters at 1, which would
         # spoil the bias correction of every later step.
         engine.optimizer.optimizer.state.clear()
     return engine
+
+
+def fetch_mixtures_whole(model: "torch.nn.Module") -> None:
+    """Tell ZeRO-3, before it cuts a model, which modules read the weights of their children themselves."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in fetched_whole(model):
+        set_z3_leaf_module(module, True)
 
 
 def quiet_deepspeed(device: "torch.device") -> Any:
