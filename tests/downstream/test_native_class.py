@@ -5,6 +5,7 @@ import torch
 from safetensors import safe_open
 from tiny_exports import CLASSES, documented, run_documented
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron_steel.convert.companions import config_tree
 from megatron_steel.model.build import build_model
@@ -65,3 +66,20 @@ def test_a_gpt_neox_with_the_heads_older_name_is_the_same_model(tmp_path):
     got, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(want.lm_head.weight, got.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "choices", [{"FFN_type": "softmoe_causal"}, {"FFN_type": "softmoe_v3"}, {"FFN_type": "raw"}], ids=str
+)
+def test_mixtures_over_the_sequence_refuse_vllm(choices, monkeypatch):
+    """vLLM sets its own attention and keeps the cache: slots would silently be those of the newest token alone."""
+    config = SteelConfig(**{**CLASSES["steel-raw"], "vocab_size": 128, **choices})
+    model = build_model(config, 3).eval()
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model.config._attn_implementation = "vllm"
+    ids = torch.ones(1, 8, dtype=torch.long)
+    if choices["FFN_type"] == "raw":
+        assert model(ids).logits.shape == (1, 8, 128)
+        return
+    with pytest.raises(ValueError, match="cannot run in vLLM"):
+        model(ids)
