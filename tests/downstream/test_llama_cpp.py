@@ -42,7 +42,7 @@ def with_qwens(tmp_path_factory, shared_data) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def with_own(tmp_path_factory, shared_data) -> dict[str, Path]:
-    """Exports with a tokenizer of `train-tokenizer`."""
+    """Exports with a tokenizer of `train-tokenizer`, and that tokenizer."""
     from megatron_steel.data.prepare import prepare
     from megatron_steel.data.train_tokenizer import train_tokenizer
 
@@ -50,7 +50,8 @@ def with_own(tmp_path_factory, shared_data) -> dict[str, Path]:
     sample = shared_data / "steel_samples" / "firefly" / "firefly-train-1.1M_sample.jsonl"
     prepare("firefly", [sample], folder / "text.jsonl")
     train_tokenizer([folder / "text.jsonl"], folder / "tokenizer", 6000)
-    return export_all(["qwen3", "llama"], folder / "tokenizer", OWN_ROWS, folder / "exports")
+    exports = export_all(["qwen3", "llama"], folder / "tokenizer", OWN_ROWS, folder / "exports")
+    return {**exports, "tokenizer": folder / "tokenizer"}
 
 
 def _convert(export: Path, gguf: Path) -> subprocess.CompletedProcess:
@@ -59,11 +60,11 @@ def _convert(export: Path, gguf: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def _compare(export: Path, gguf: Path, tolerance: float) -> None:
-    """Ids of the texts, logits of every position and 20 greedy tokens are those of transformers on the export."""
+def _compare(export: Path, gguf: Path, tokenizer: Path, tolerance: float) -> None:
+    """Ids of the texts are those of the tokenizer trained with, logits of every position and 20 greedy tokens are those of transformers on the export."""
     from megatron_steel.data.tokenizer import load_tokenizer
 
-    ids = load_tokenizer(export).encode_batch(TEXTS)
+    ids = load_tokenizer(tokenizer).encode_batch(TEXTS)
     request, answer = gguf.with_suffix(".json"), gguf.with_suffix(".npz")
     request.write_text(json.dumps({"texts": TEXTS, "ids": ids, "new": NEW}))
     command = [str(PYTHON), str(Path(__file__).with_name("gguf_logits.py")), str(gguf), str(request), str(answer)]
@@ -82,7 +83,7 @@ def _compare(export: Path, gguf: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen2", "granite", "gpt_neox", "gpt2"])
-def test_a_native_class_gives_the_same_model(name, with_qwens, tmp_path):
+def test_a_native_class_gives_the_same_model(name, with_qwens, shared_data, tmp_path):
     export = with_qwens[name]
     if name == "gpt2":
         assert "KeyError: 'n_ctx'" in _convert(export, tmp_path / "refused.gguf").stderr
@@ -90,15 +91,16 @@ def test_a_native_class_gives_the_same_model(name, with_qwens, tmp_path):
         run_documented(documented("n_ctx", **{"exports/gpt2": str(export)}))
     done = _convert(export, tmp_path / "model.gguf")
     assert done.returncode == 0, done.stderr[-3000:]
-    _compare(export, tmp_path / "model.gguf", GELU_TOLERANCE if name in ("gpt2", "gpt_neox") else TOLERANCE)
+    tolerance = GELU_TOLERANCE if name in ("gpt2", "gpt_neox") else TOLERANCE
+    _compare(export, tmp_path / "model.gguf", shared_data / "qwen_tokenizer", tolerance)
 
 
-def test_steel_with_plain_layers_converts_as_qwen2(with_qwens, tmp_path):
+def test_steel_with_plain_layers_converts_as_qwen2(with_qwens, shared_data, tmp_path):
     export = Path(shutil.copytree(with_qwens["steel-raw"], tmp_path / "relabelled"))
     run_documented(documented("Qwen2ForCausalLM", **{"exports/steel-as-qwen2": str(export)}))
     done = _convert(export, tmp_path / "model.gguf")
     assert done.returncode == 0, done.stderr[-3000:]
-    _compare(export, tmp_path / "model.gguf", TOLERANCE)
+    _compare(export, tmp_path / "model.gguf", shared_data / "qwen_tokenizer", TOLERANCE)
 
 
 def test_steel_itself_is_refused_by_name(with_qwens, tmp_path):
@@ -112,8 +114,8 @@ def test_a_tokenizer_of_ours_needs_the_documented_lines(name, with_own, tmp_path
     done = _convert(with_own[name], tmp_path / "plain.gguf")
     assert done.returncode == 0, done.stderr[-3000:]
     with pytest.raises(AssertionError):  # a space is put before every text
-        _compare(with_own[name], tmp_path / "plain.gguf", TOLERANCE)
+        _compare(with_own[name], tmp_path / "plain.gguf", with_own["tokenizer"], TOLERANCE)
     lines = documented("add_space_prefix", **{"model.gguf": str(tmp_path / "plain.gguf"),
                                              "model-fixed.gguf": str(tmp_path / "model.gguf")})  # fmt: skip
     run_documented(lines, PYTHON)
-    _compare(with_own[name], tmp_path / "model.gguf", TOLERANCE)
+    _compare(with_own[name], tmp_path / "model.gguf", with_own["tokenizer"], TOLERANCE)
