@@ -73,7 +73,7 @@ def _compare(export: Path, gguf: Path, tokenizer: Path, tolerance: float) -> Non
     found = np.load(answer)
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     for number, tokens in enumerate(ids):
-        assert found[f"tokens{number}"].tolist() == tokens
+        assert found[f"tokens{number}"].tolist() == tokens, "other ids"
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[0].numpy()
             greedy = model.generate(torch.tensor([tokens]), max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
@@ -88,7 +88,7 @@ def test_a_native_class_gives_the_same_model(name, with_qwens, shared_data, tmp_
     if name == "gpt2":
         assert "KeyError: 'n_ctx'" in _convert(export, tmp_path / "refused.gguf").stderr
         export = Path(shutil.copytree(export, tmp_path / name))
-        run_documented(documented("n_ctx", **{"exports/gpt2": str(export)}))
+        run_documented(documented("n_ctx", **{"exports/gpt2/config.json": str(export / "config.json")}))
     done = _convert(export, tmp_path / "model.gguf")
     assert done.returncode == 0, done.stderr[-3000:]
     tolerance = GELU_TOLERANCE if name in ("gpt2", "gpt_neox") else TOLERANCE
@@ -113,7 +113,7 @@ def test_steel_itself_is_refused_by_name(with_qwens, tmp_path):
 def test_a_tokenizer_of_ours_needs_the_documented_lines(name, with_own, tmp_path):
     done = _convert(with_own[name], tmp_path / "plain.gguf")
     assert done.returncode == 0, done.stderr[-3000:]
-    with pytest.raises(AssertionError):  # a space is put before every text
+    with pytest.raises(AssertionError, match="other ids"):  # a space is put before every text
         _compare(with_own[name], tmp_path / "plain.gguf", with_own["tokenizer"], TOLERANCE)
     lines = documented("add_space_prefix", **{"model.gguf": str(tmp_path / "plain.gguf"),
                                              "model-fixed.gguf": str(tmp_path / "model.gguf")})  # fmt: skip
