@@ -263,6 +263,10 @@ class SteelModel(SteelPreTrainedModel):
         return output if return_dict in (None, True) else output.to_tuple()
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        if self.config._attn_implementation == "vllm" and self.config.FFN_type not in ("raw", "softmoe_v1"):
+            raise ValueError(  # it keeps keys and values itself and shows each token once, without what the slots hold
+                f"FFN_type {self.config.FFN_type} cannot run in vLLM, whose cache has no place for its slots"
+            )
         if self.config.sees_future:  # later tokens change earlier ones: what was cached would be wrong
             if given is not None and given.get_seq_length() > 0:
                 raise ValueError(f"FFN_type {self.config.FFN_type} reads the whole sequence: call it without a cache")

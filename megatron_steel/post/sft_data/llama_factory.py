@@ -80,5 +80,5 @@ output_dir: outputs/steel_sft
 logging_steps: 10
 save_steps: 500
 plot_loss: true
-report_to: tensorboard
+report_to: tensorboard              # LLaMA-Factory does not bring it: pip install tensorboard, or write none
 """
