@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 ENGINE = "engine"  # the folder inside a checkpoint that holds DeepSpeed's own files
 _NAME = re.compile(r"^step-(\d{8,})$")
 _CHUNK = 1 << 20
-_HASHERS = 4  # files that are verified at a time
+HASHERS = 4  # files that are verified at a time
 _PAUSES = (1.0, 5.0)  # seconds before another try
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # same at the next try
 
@@ -120,12 +120,18 @@ def _write_once(
     return final
 
 
-def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[SteelError]]:
-    """The newest checkpoint that verifies, and why each newer one was passed over."""
+def newest_whole(
+    folder: Path, opened: Callable[[Path], Checkpoint] | None = None
+) -> tuple[Checkpoint | None, list[SteelError]]:
+    """The newest checkpoint that verifies, and why each newer one was passed over.
+
+    Args:
+        opened: opens one, or raises SteelError (default: `verify`, of all its bytes).
+    """
     passed_over: list[SteelError] = []
     for path in reversed(published(folder)):
         try:
-            return verify(path), passed_over
+            return (opened or verify)(path), passed_over
         except SteelError as error:
             passed_over.append(error)
     return None, passed_over
@@ -163,21 +169,26 @@ def read_manifest(path: Path) -> Checkpoint:
 
 def verify(path: Path) -> Checkpoint:
     """Compare every file with its size and SHA-256. Raises SteelError naming the first file that differs."""
-    checkpoint = _measured(path)
-    files = checkpoint.manifest["files"]
-    with ThreadPoolExecutor(_HASHERS) as pool:  # hashing lets other threads run
-        hashed = [pool.submit(_sha256, path / name) for name in files]
-        for (name, entry), found in zip(files.items(), hashed, strict=True):
+    checkpoint = measured(path)
+    require_hashes(checkpoint, checkpoint.manifest["files"])
+    return checkpoint
+
+
+def require_hashes(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Compare some of a checkpoint's files with their SHA-256. Raises SteelError naming the first that differs."""
+    path, files = checkpoint.path, checkpoint.manifest["files"]
+    with ThreadPoolExecutor(HASHERS) as pool:  # hashing lets other threads run
+        hashed = {name: pool.submit(_sha256, path / name) for name in names}
+        for name, found in hashed.items():
             try:
-                same = found.result() == entry["sha256"]
+                same = found.result() == files[name]["sha256"]
             except OSError as error:
                 raise _damaged(path, f"{name} cannot be read ({error.strerror})") from None
             if not same:
                 raise _damaged(path, f"the content of {name} has changed")
-    return checkpoint
 
 
-def _measured(path: Path) -> Checkpoint:
+def measured(path: Path) -> Checkpoint:
     """A checkpoint whose files are all there in their sizes. Raises SteelError naming the first that is not."""
     checkpoint = read_manifest(path)
     for name, entry in checkpoint.manifest["files"].items():
@@ -236,7 +247,7 @@ def discard_after(folder: Path, step: int) -> None:
 
 def _is_measured(path: Path) -> bool:
     try:
-        return bool(_measured(path))
+        return bool(measured(path))
     except (SteelError, OSError):
         return False
 

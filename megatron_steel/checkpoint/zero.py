@@ -104,6 +104,12 @@ class Contents:
     step: int
     counters: dict[str, int]
 
+    def read_from(self) -> "list[torch.Tensor]":
+        """The tensors of the files that weights, buffers and frozen weights are read from."""
+        trained = [piece for parameter in self.trained for piece in parameter.pieces[WEIGHT]]
+        others = self.others.cuts() if isinstance(self.others, _Joined) else list(self.others.values())
+        return trained + others
+
 
 def stream_pieces(found: Contents) -> Iterator[tuple[str, Weight]]:
     """`stream_weights` of what has been opened, with no tensor ever whole (buffers and frozen weights apart)."""
@@ -291,6 +297,9 @@ class _Joined(Mapping[str, "torch.Tensor"]):
 
     def __init__(self, cuts: "dict[str, tuple[list[torch.Tensor], torch.Size]]"):
         self._cuts = cuts
+
+    def cuts(self) -> "list[torch.Tensor]":
+        return [cut for cuts, _ in self._cuts.values() for cut in cuts]
 
     def __getitem__(self, name: str) -> "torch.Tensor":
         cuts, shape = self._cuts[name]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_steel import dist
 from megatron_steel.checkpoint import zero
 from megatron_steel.checkpoint.commit import Checkpoint
+from megatron_steel.checkpoint.sound import require_sound
 from megatron_steel.convert.sources import Trained
 from megatron_steel.errors import SteelError
 
@@ -73,6 +74,7 @@ def _trained(path: Path, model: Path | None, source: Path) -> Trained:
     if folder is None:
         raise SteelError("the checkpoint says nothing of its model: there is no config.json beside it", path,
                          "name the model's folder: --model HF_DIR")  # fmt: skip
+    require_sound(states)
     found = zero.opened(states)
     tokenizer_path, tokenizer = _tokenizer((path, model, path.parent, source))
     generation = _first((path, model), _GENERATION)

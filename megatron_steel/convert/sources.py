@@ -1,7 +1,7 @@
 """Where the weights of an export come from, and all else that it must know of them.
 
-A run folder or one of its checkpoints: the newest whole one, every file compared with its hash; or the mean of the last
-few whole ones. What others trained is found by `foreign`. Must not know what an export looks like.
+A run folder or one of its checkpoints: the newest whose weights are as they were written (`checkpoint.sound`); or the mean
+of the last few. What others trained is found by `foreign`. Must not know what an export looks like.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_steel import dist
 from megatron_steel.checkpoint import zero
 from megatron_steel.checkpoint.commit import MANIFEST, Checkpoint, newest_whole, published
-from megatron_steel.checkpoint.commit import verify as verify_checkpoint
+from megatron_steel.checkpoint.sound import verify_weights
 from megatron_steel.errors import SteelError
 from megatron_steel.model.verdict import read_verdict
 from megatron_steel.recipe import Recipe, from_dict
@@ -114,12 +114,12 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
 
 
 def find_checkpoint(source: Path) -> Checkpoint:
-    """The checkpoint that `source` means, every file compared with its hash.
+    """The checkpoint that `source` means, its weights compared with their sums.
 
     Raises SteelError: there is nothing, it is neither run nor checkpoint, or no checkpoint in it is whole.
     """
     if (source / "checkpoints").is_dir():
-        checkpoint, passed_over = newest_whole(source / "checkpoints")
+        checkpoint, passed_over = newest_whole(source / "checkpoints", verify_weights)
         for problem in passed_over:
             dist.log.warning("passed over a checkpoint: %s", problem)
         if checkpoint is None:
@@ -131,7 +131,7 @@ def find_checkpoint(source: Path) -> Checkpoint:
             )
         return checkpoint
     if (source / MANIFEST).is_file() or source.name.startswith("step-"):
-        return verify_checkpoint(source)
+        return verify_weights(source)
     raise SteelError("there is no run folder and no checkpoint here", source,
                      "name a run folder (it holds checkpoints/), a step-N folder in one, or a folder that DeepSpeed or "
                      "transformers' Trainer saved")  # fmt: skip
@@ -147,7 +147,7 @@ def _mean_of_run(run: Path, count: int) -> Trained:
     whole: list[Checkpoint] = []
     for path in reversed(published(run / "checkpoints")):
         try:
-            whole.append(verify_checkpoint(path))
+            whole.append(verify_weights(path))
         except SteelError as problem:
             dist.log.warning("passed over a checkpoint: %s", problem)
         if len(whole) == count:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -249,12 +250,46 @@ def test_an_empty_output_is_taken_and_a_killed_export_is_no_obstacle(runs, tmp_p
     assert _nothing_but(tmp_path, "out")
 
 
+def flip(file: Path, keep: str, number: int = 0) -> None:
+    """Change one bit in the middle of a ZeRO-3 rank's weights (`fp32_flat_groups`) or of a moment."""
+    state = torch.load(file, weights_only=False)["optimizer_state_dict"]
+    state = state if keep == "fp32_flat_groups" else state["optimizer_state_dict"]["state"][0]
+    tensor = state[keep][number] if keep == "fp32_flat_groups" else state[keep]
+    raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    content = bytearray(file.read_bytes())
+    at = content.index(raw) + len(raw) // 2
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def test_damage_in_what_no_export_reads_does_not_stop_it_and_stops_a_resume(run, tmp_path):
+    newest = run / "checkpoints" / "step-00000002"
+    before = export(run, tmp_path / "before")
+    flip(next((newest / "engine").glob("*rank_1*optim_states.pt")), "exp_avg")
+    after = export(run, tmp_path / "after")
+    assert (after / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
+    with pytest.raises(SteelError, match="has changed"):
+        commit.verify(newest)
+
+
+@pytest.mark.parametrize("record", ["data.pkl", "version"])
+def test_damage_in_what_holds_the_tensors_together_is_named(record, run, tmp_path):
+    newest = run / "checkpoints" / "step-00000002"
+    file = next((newest / "engine").glob("*rank_1*optim_states.pt"))
+    with zipfile.ZipFile(file) as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith(record))
+        raw = archive.read(entry)
+    content = bytearray(file.read_bytes())
+    content[content.index(raw, entry.header_offset) + len(raw) - 1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(SteelError, match=rf"the content of engine/{file.name} has changed"):
+        export(newest, tmp_path / "out")
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, tmp_path, caplog):
     newest = run / "checkpoints" / "step-00000002"
     file = next((newest / "engine").glob("*optim_states.pt"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip(file, "fp32_flat_groups")
     with caplog.at_level("WARNING", logger="megatron_steel"):
         export(run, tmp_path / "out")
     assert f"the content of engine/{file.name} has changed" in caplog.text

@@ -135,6 +135,11 @@ class _Canary:
         return os.mkdir, ("canary",)
 
 
+def _place_of_weights(shard: Path) -> int:
+    flat = torch.load(shard, weights_only=False)["optimizer_state_dict"]["fp32_flat_groups"][0]
+    return shard.read_bytes().index(flat.contiguous().view(torch.uint8).numpy().tobytes())
+
+
 def test_what_is_missing_damaged_or_unsafe_is_named(trainers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     newest = trainers / "checkpoint-2"
@@ -159,6 +164,13 @@ def test_what_is_missing_damaged_or_unsafe_is_named(trainers, tmp_path, monkeypa
     (newest / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     refused(r"it lacks model\.layers\.2\.")
     (newest / "config.json").write_text(config)
+    shard = next(states.glob("*rank_1*optim_states.pt"))
+    whole = shard.read_bytes()
+    content = bytearray(whole)
+    content[_place_of_weights(shard) + 5] ^= 1
+    shard.write_bytes(content)
+    refused("damaged: weights are not as they were written")
+    shard.write_bytes(whole)
     rank1 = states / "zero_pp_rank_1_mp_rank_00_model_states.pt"
     content = rank1.read_bytes()
     rank1.unlink()

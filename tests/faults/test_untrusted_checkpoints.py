@@ -138,14 +138,15 @@ def test_what_is_no_archive_of_torch_is_refused(form, runs, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_only_three_classes_are_allowed(runs):
+def test_only_the_classes_of_real_files_are_allowed(runs):
     """What the real files ask for beside tensors and plain values, in every layout, is what is allowed, and no more."""
     asked = {
         name
         for file in runs.glob("*/checkpoints/*/engine/*.pt")
         for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     }
-    assert asked == set(zero._ITS_CLASSES)
+    # fp16's own, which no recipe can ask for and checkpoints of others hold (tests/convert/test_foreign_checkpoints).
+    assert asked | {"deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"} == set(zero._ITS_CLASSES)
 
 
 def test_a_link_out_of_a_checkpoint_is_refused(runs, tmp_path):
