@@ -41,6 +41,7 @@ _ITS_CLASSES = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 _PIECE = 1 << 20  # values that a stream of pieces reads at a time
+_KEPT_PIECES = 16  # of mapped files, before their pages are given back
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,11 @@ class Stored:
         return found.detach().float()
 
     def weight_in_pieces(self) -> "Iterator[torch.Tensor]":
-        """The weight from its first value to its last, a few megabytes at a time; what was read is let go of."""
+        """The weight from its first value to its last, a few megabytes at a time; of a large one what was read is let go of."""
         for number, start in enumerate(range(0, self.size, _PIECE), 1):
             yield self.read(WEIGHT, start, min(_PIECE, self.size - start))
-            if number % 16 == 0:
+            if number % _KEPT_PIECES == 0:
                 forget(self.file.parent)
-        if self.size >= _PIECE:
-            forget(self.file.parent)
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,13 @@ class Contents:
 
 def stream_pieces(found: Contents) -> Iterator[tuple[str, Weight]]:
     """`stream_weights` of what has been opened, with no tensor ever whole (buffers and frozen weights apart)."""
+    read = 0
     for parameter in found.trained:
         yield parameter.name, Weight(parameter.shape, parameter.weight_in_pieces())
+        read += parameter.size
+        if read >= _KEPT_PIECES * _PIECE:  # each time costs milliseconds
+            forget(parameter.file.parent)
+            read = 0
     for name, tensor in found.others.items():
         yield name, Weight(tuple(tensor.shape), (tensor.reshape(-1),))
 

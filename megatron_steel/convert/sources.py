@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_steel import dist
 from megatron_steel.checkpoint import zero
 from megatron_steel.checkpoint.commit import MANIFEST, Checkpoint, newest_whole, published
+from megatron_steel.checkpoint.mapped import forget
 from megatron_steel.checkpoint.sound import verify_weights
 from megatron_steel.errors import SteelError
 from megatron_steel.model.verdict import read_verdict
@@ -179,6 +180,8 @@ def _means(checkpoints: list[Checkpoint]) -> Iterator[tuple[str, zero.Weight]]:
         # In fp64, so that the mean is rounded once and does not depend on the order.
         mean = (sum(piece.double() for piece in cut).div(len(cut)).float() for cut in pieces)
         yield parameter.name, zero.Weight(parameter.shape, mean)
+        for one in same:
+            forget(one.file.parent)
     yield from zero.stream_pieces(replace(newest, trained=[]))
 
 
