@@ -6,8 +6,8 @@ Both read the same checkpoint, of a Qwen2 model (0.5b: the sizes of Qwen1.5-0.5B
 ranks, ZeRO-3, bf16, after one step; `--work` keeps it. Each way runs in fresh processes, in turn, each first in every
 second pair, the checkpoint in the page cache; first both give the same tensors by name, bit for bit.
 
-Times are wall time with start-up, and CPU time of all threads; ours also hashes the whole checkpoint, on as many threads as
-it has files, and syncs what it wrote. Memory is the peak of one process: `rss` counts the pages of mapped files too, which
+Times are wall time with start-up, and CPU time of all threads; ours also compares the weights with their sums, and
+hashes and syncs what it wrote. Memory is the peak of one process: `rss` counts the pages of mapped files too, which
 the kernel drops when others need them; `anonymous` does not (sampled every 10 ms).
 """
 
