@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_steel.checkpoint.commit import sync
+from megatron_steel.checkpoint.commit import MANIFEST, sync
 from megatron_steel.data.reserve import Busy, reserved
 from megatron_steel.errors import SteelError
 from megatron_steel.model.verdict import write_verdict
@@ -127,12 +127,17 @@ def _write(
 
 
 def refuse_used(target: Path) -> None:
-    """Raise SteelError where something lies that publishing would replace."""
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.exists() or target.is_symlink():
-        raise SteelError("the output exists already and is never overwritten", target,
-                         "name another folder, or move this one away")  # fmt: skip
+    """Raise SteelError where something lies that publishing would replace, or where training would replace the output."""
+    remedy = "name another folder, or move this one away"
+    if target.is_symlink():  # one to an empty folder could be filled but not replaced
+        raise SteelError("the output is a link and is never overwritten", target, remedy)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise SteelError("the output exists already and is never overwritten", target, remedy)
+    for parent in target.resolve().parents:
+        checkpoints = parent.name == "checkpoints" and next(parent.glob("step-*"), None) is not None
+        if checkpoints or ((parent / MANIFEST).is_file() and (parent / "engine").is_dir()):
+            raise SteelError("the output would lie among a run's checkpoints, which training replaces", target,
+                             "name a folder outside checkpoints/")  # fmt: skip
 
 
 @contextlib.contextmanager

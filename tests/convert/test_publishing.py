@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from megatron_steel.convert.hf import publishing
+from megatron_steel.convert.hf import publishing, refuse_used
 from megatron_steel.data.reserve import Busy
 from megatron_steel.errors import SteelError
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from megatron_steel.convert.hf import publishing
+from megatron_steel.convert.hf import publishing, refuse_used
 with publishing(Path(sys.argv[1])) as aside:
     (aside / "model.safetensors").write_bytes(b"half")
     os._exit(9)
@@ -64,3 +64,30 @@ def test_what_a_killed_export_left_goes_and_a_failed_one_leaves_nothing(tmp_path
     with pytest.raises(ZeroDivisionError), publishing(tmp_path / "newer" / "out"):
         raise ZeroDivisionError
     assert _names(tmp_path) == ["new"]
+
+
+def test_a_link_is_refused_first(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").symlink_to("empty")
+    (tmp_path / "broken").symlink_to("nothing")
+    for name in ("out", "broken"):
+        with pytest.raises(SteelError, match="is a link"):
+            refuse_used(tmp_path / name)
+
+
+def test_no_output_among_a_runs_checkpoints(tmp_path):
+    step = tmp_path / "run" / "checkpoints" / "step-00000002"
+    (step / "engine").mkdir(parents=True)
+    (step / "manifest.json").touch()
+    kept = tmp_path / "kept"
+    step.rename(kept)
+    step.mkdir()
+    for place in (step.parent / "step-00000009", step.parent / "a" / "b", step / "out", kept / "out"):
+        with pytest.raises(SteelError, match="among a run's checkpoints") as error:
+            refuse_used(place)
+        assert "outside checkpoints/" in str(error.value)
+    (tmp_path / "link").symlink_to(step.parent)
+    with pytest.raises(SteelError, match="among a run's checkpoints"):
+        refuse_used(tmp_path / "link" / "out")
+    for place in (tmp_path / "run" / "out", tmp_path / "checkpoints" / "out", step.parent / ".." / "out"):
+        refuse_used(place)
