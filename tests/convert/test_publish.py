@@ -14,12 +14,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_steel import cli
+from megatron_steel import cli, preflight
 from megatron_steel.checkpoint.commit import Checkpoint
 from megatron_steel.convert import card, card_facts, names, padding, shards
 from megatron_steel.convert.checksums import SUMS, write_checksums
 from megatron_steel.convert.hf import export
 from megatron_steel.convert.upload import upload_commands
+from megatron_steel.data.segments import Member
 from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_config
@@ -297,3 +298,33 @@ def test_a_length_that_changed_gives_no_shares():
     assert card_facts.data_sets({"data": [{"name": "a", "tokens": 10, "digest": "x"}], "order": {"segments": []}}) == [
         ("a", "10", "", "")
     ]
+
+
+def test_data_sets_of_one_name_keep_their_own_weights_and_are_told_apart():
+    sets = [{"prefix": f"/d/{place}", "name": "train", "tokens": 10} for place in ("zh/train", "en/train")]
+    other = {"prefix": "/d/code", "name": "code", "tokens": 10}
+    given = [{"prefix": "/d/zh/train", "weight": 3}, {"prefix": "/d/en/train", "weight": 1}, {"prefix": "/d/code"}]
+    manifest = {"data": [*sets, other], "recipe": {"data": {"train": given, "validation": [*given[:2]]}}}
+    rows = card_facts.data_sets(manifest)
+    assert [(name, weight) for name, _, weight, _ in rows] == [("zh/train", "3"), ("en/train", "1"), ("code", "")]
+    assert card_facts.validation_sets(manifest) == "zh/train, en/train"
+    for entry in (*sets, other):  # as older checkpoints
+        del entry["prefix"]
+    assert [row[2] for row in card_facts.data_sets(manifest)] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [({"steps": 3}, 3), ({"tokens": 257}, 2), ({"tokens": 513}, 3), ({"epochs": 2.0}, None), ({"epochs": 0.001}, 2)],
+    ids=str,
+)
+def test_the_runs_length_is_told_however_it_was_given(given, length, run):
+    manifest = json.loads((run / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    manifest["recipe"]["train"] |= {"steps": None, "tokens": None, "epochs": None, **given}
+    # The arithmetic is preflight's, which no room of this layer can import.
+    recipe = from_dict(manifest["recipe"])
+    members = [Member(e["prefix"], e["digest"], e["tokens"], None) for e in manifest["data"]]
+    wanted = preflight.total_steps(recipe, members, Checkpoint(run, manifest))
+    assert length in (None, wanted)
+    told = dict(card_facts.training(manifest, [])).get("the run's length")
+    assert told == (f"{wanted:,} steps: this is a checkpoint from its middle" if wanted > 2 else None)
