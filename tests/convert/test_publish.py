@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import VOCABULARY
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -154,8 +155,19 @@ def test_it_ends_with_the_commands_to_publish(run, tmp_path, capsys):
     )
     assert "REPO_ID [LOCAL_PATH]" in shown.stdout
     said = upload_commands("我的 model", licensed=True)
-    assert "hf upload ORG/-model '我的 model'" in said
+    assert "hf upload ORG/model '我的 model'" in said
     assert "choose" not in said
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("我的模型", "NAME"), ("我的-7b", "7b"), ("-lead", "lead"), ("trail-", "trail"), ("a--b", "a-b"), ("a..b", "a-b"), ("a-.b", "a-b"),
+     (".hidden", "hidden"), ("x.git", "x"), ("a" * 95 + "-b", "a" * 95), ("zh 1.5b_v2", "zh-1.5b_v2")],
+)  # fmt: skip
+def test_the_hub_takes_the_name_of_the_repository(folder, name):
+    said = upload_commands(f"out/{folder}", licensed=True)
+    assert f"hf upload ORG/{name} " in said
+    validate_repo_id(f"ORG/{name}")
 
 
 @pytest.mark.parametrize("name", ["Apache 2.0", "MIT", "", "a: b", "x\n"])
@@ -200,7 +212,10 @@ def test_what_cannot_be_cut_is_named(tiny_tokenizer):
             padding.require_cuttable(whole, cut)
 
 
-def test_files_of_gpt_neox_have_the_name_that_all_others_know():
+def test_files_of_gpt_neox_have_the_name_that_all_others_know(whole):
+    exported = load_file(whole / "model.safetensors")
+    assert "embed_out.weight" in exported
+    assert "lm_head.weight" not in exported
     pairs = [("lm_head.weight", 1), ("x", 2)]
     assert list(names.published("gpt_neox", pairs)) == [("embed_out.weight", 1), ("x", 2)]
     assert list(names.published("llama", pairs)) == pairs
