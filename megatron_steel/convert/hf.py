@@ -13,6 +13,7 @@ trained or which ZeRO stage wrote it.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ def export(
     average: int = 1,
     cut_padding: bool = False,
     license_id: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder; a few megabytes of weights are in memory at a time.
 
@@ -55,6 +57,8 @@ def export(
         average: export the mean of so many of a run's last whole checkpoints.
         cut_padding: leave out the rows of the vocabulary that belong to no token.
         license_id: for the card, as hubs name licences.
+        tokenizer: the folder or sentencepiece `.model` where the tokenizer lies now, if not where it lay in training; of a
+            run its fingerprint proves that it is the one.
 
     Returns: the published folder.
     Raises:
@@ -68,7 +72,8 @@ def export(
     card.require_license(license_id)
     target = Path(output).absolute()
     refuse_used(target)
-    trained = sources.find(Path(source), Path(model) if model is not None else None, average)
+    described, place = (Path(path) if path is not None else None for path in (model, tokenizer))
+    trained = sources.find(Path(source), described, average, place)
     made = _write(trained, target, dtype, verify, audit, cut_padding, license_id)
     print(f"{output}: {made}")
     print(upload.upload_commands(output, bool(license_id)))
@@ -180,6 +185,8 @@ def _alone(scratch: Path, target: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(reserved(scratch))
+        except FileExistsError:  # where a folder should be lies a file
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         except Busy:
             remedy = "wait for it or stop it, or name another folder"
             raise Busy("another process is writing this folder", target, remedy) from None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_steel import cli, preflight
+from megatron_steel.checkpoint import commit
 from megatron_steel.checkpoint.commit import Checkpoint
 from megatron_steel.convert import card, card_facts, names, padding, shards
 from megatron_steel.convert.checksums import SUMS, write_checksums
@@ -168,6 +169,39 @@ def test_the_hub_takes_the_name_of_the_repository(folder, name):
     said = upload_commands(f"out/{folder}", licensed=True)
     assert f"hf upload ORG/{name} " in said
     validate_repo_id(f"ORG/{name}")
+
+
+@pytest.fixture
+def moved(run, tmp_path) -> Path:
+    """A checkpoint as on another machine: its recipe's tokenizer is not here."""
+    step = Path(shutil.copytree(run / "checkpoints" / "step-00000002", tmp_path / "step-00000002"))
+    tree = json.loads((step / "manifest.json").read_text())
+    tree["recipe"]["tokenizer"]["path"] = "not/here"
+    (step / "manifest.json").write_text(json.dumps(commit.sealed(tree)))
+    return step
+
+
+def test_a_run_is_exported_where_its_tokenizer_lies_elsewhere(moved, whole, tmp_path, tiny_tokenizer):
+    with pytest.raises(SteelError, match="is not there") as error:
+        export(moved, tmp_path / "out", "float32")
+    assert "--tokenizer DIR_OR_MODEL" in str(error.value)
+    out = tmp_path / "out"
+    command = ["export", str(moved), str(out), "--dtype", "float32", "--tokenizer", str(whole)]  # beside a config.json
+    assert cli.main(command) == 0
+    for file in ("model.safetensors", "config.json", *(file.name for file in tiny_tokenizer.iterdir())):
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_another_tokenizer_is_refused(moved, tmp_path, tiny_tokenizer):
+    other = Path(shutil.copytree(tiny_tokenizer, tmp_path / "other"))
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w5"', '"v5"'))
+    for place, what in ((other, "another tokenizer than the run was trained with"), (tmp_path, "holds no tokenizer"),
+                        (tmp_path / "nothing", "no such tokenizer")):  # fmt: skip
+        with pytest.raises(SteelError, match=what) as error:
+            export(moved, tmp_path / "out", tokenizer=place)
+        assert str(place) in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["Apache 2.0", "MIT", "", "a: b", "x\n"])
