@@ -158,6 +158,7 @@ def _models(verb: AddVerb) -> None:
     p.add_argument(
         "--model", metavar="HF_DIR", help="what a checkpoint of another trainer is of: config.json, tokenizer"
     )
+    p.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="where the tokenizer of the training lies now")
     p.add_argument("--cut-padding", action="store_true", help="leave out rows of the vocabulary that are no token's")
     p.add_argument("--license", dest="license_id", metavar="ID", help="for the model card, as in apache-2.0")
 

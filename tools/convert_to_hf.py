@@ -1,6 +1,6 @@
 """`megatron-steel export` from a checkout, for those who did not install the command.
 
-python tools/convert_to_hf.py RUN_OR_CHECKPOINT OUT_DIR [--dtype bfloat16] [--verify] [--average K] [--model HF_DIR] ...
+python tools/convert_to_hf.py RUN_OR_CHECKPOINT OUT_DIR [--dtype bfloat16] [--verify] [--average K] [--model HF_DIR] [--tokenizer DIR_OR_MODEL] ...
 """
 
 import sys

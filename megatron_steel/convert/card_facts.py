@@ -64,8 +64,9 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
     if recipe:
         train, optim, schedule = recipe["train"], recipe["optim"], recipe["schedule"]
         length = recipe["data"]["sequence_length"]
-        if train.get("steps") and train["steps"] > manifest["step"]:
-            rows += [("the run's length", f"{train['steps']:,} steps: this is a checkpoint from its middle")]
+        steps = _run_length(manifest)
+        if steps and steps > manifest["step"]:
+            rows += [("the run's length", f"{steps:,} steps: this is a checkpoint from its middle")]
         batch = train["global_batch_size"]
         rows += [
             ("global batch", f"{batch:,} sequences of {length:,} tokens ({batch * length:,} tokens a step)"),
@@ -77,6 +78,26 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
     if "zero_stage" in manifest and "world_size" in manifest:
         rows += [("sharding", f"DeepSpeed ZeRO stage {manifest['zero_stage']}, world size {manifest['world_size']:,}")]
     return rows + _speed(metrics)
+
+
+def _run_length(manifest: dict[str, Any]) -> int | None:
+    """Optimizer steps of the whole run, as `pretrain` counts them from this checkpoint on; None where nobody can tell."""
+    from megatron_steel.data.order import blocks
+    from megatron_steel.data.order_json import from_json
+
+    recipe, done = manifest["recipe"], manifest["step"]
+    train, length = recipe["train"], recipe["data"]["sequence_length"]
+    batch = train["global_batch_size"]
+    try:
+        if train.get("steps"):
+            return int(train["steps"])
+        if train.get("tokens"):
+            return int(done + max(0, math.ceil((train["tokens"] - manifest["tokens"]) / (batch * length))))
+        samples = int(train["epochs"] * sum(blocks(entry["tokens"], length) for entry in manifest["data"]))
+        trained = from_json(manifest["order"], "manifest").trained_samples
+        return int(done + max(0, samples - trained) // batch)
+    except (KeyError, TypeError, SteelError):
+        return None
 
 
 def _schedule(lr: float, schedule: dict[str, Any]) -> str:
@@ -97,7 +118,7 @@ def _speed(metrics: Metrics) -> Rows:
         return []
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
-    speed = f"{lines[-1]['tokens'] / seconds:,.0f} tokens a second on average, evaluation and saving included"
+    speed = f"{lines[-1]['tokens'] / seconds:,.0f} tokens a second on average"
     return [("time", f"{hours} h {minutes:02} min {rest:02} s, {speed}")]
 
 
@@ -106,15 +127,35 @@ def data_sets(manifest: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     sets = manifest.get("data", [])
     recipe = manifest.get("recipe", {}).get("data", {})
     given = recipe.get("train") if isinstance(recipe.get("train"), list) else []
-    weights = {Path(entry["prefix"]).name: entry["weight"] for entry in given if entry.get("weight")}
+    weights = {entry["prefix"]: entry["weight"] for entry in given if entry.get("weight")}
     read = _samples_read(manifest)
     total = sum(read.get(entry.get("digest", ""), 0) for entry in sets)
+    earlier = manifest.get("data_before", [])
+    names = _told_apart([entry.get("prefix") or entry["name"] for entry in [*sets, *earlier]])
     rows = []
-    for entry in sets:
-        weight, samples = weights.get(entry["name"]), read.get(entry.get("digest", ""))
+    for name, entry in zip(names, sets, strict=False):
+        weight, samples = _weight(entry, weights), read.get(entry.get("digest", ""))
         share = f"{samples / total:.2%}" if total and samples is not None else ""
-        rows.append((entry["name"], f"{entry['tokens']:,}", f"{weight:g}" if weight else "", share))
-    return rows + [(e["name"], f"{e['tokens']:,}", "", "no longer read") for e in manifest.get("data_before", [])]
+        rows.append((name, f"{entry['tokens']:,}", f"{weight:g}" if weight else "", share))
+    before = zip(names[len(sets) :], earlier, strict=True)
+    return rows + [(name, f"{entry['tokens']:,}", "", "no longer read") for name, entry in before]
+
+
+def _weight(entry: dict[str, Any], weights: dict[str, float]) -> float | None:
+    """Of a data set in the recipe. Older manifests tell no prefix: then it is by the name, where only one has it."""
+    if "prefix" in entry:
+        return weights.get(entry["prefix"])
+    found = [weight for prefix, weight in weights.items() if Path(prefix).name == entry["name"]]
+    return found[0] if len(found) == 1 else None
+
+
+def _told_apart(prefixes: list[str]) -> list[str]:
+    """Their names; of those that share one also the folder's."""
+    names = [Path(prefix).name for prefix in prefixes]
+    return [
+        name if names.count(name) == 1 else "/".join(Path(prefix).parts[-2:])
+        for name, prefix in zip(names, prefixes, strict=True)
+    ]
 
 
 def _samples_read(manifest: dict[str, Any]) -> dict[str, int]:
@@ -138,7 +179,7 @@ def validation_sets(manifest: dict[str, Any]) -> str | None:
     """Names of the held-out sets."""
     given = manifest.get("recipe", {}).get("data", {}).get("validation")
     prefixes = [given] if isinstance(given, str) else [entry["prefix"] for entry in given or []]
-    return ", ".join(Path(prefix).name for prefix in prefixes) or None
+    return ", ".join(_told_apart(prefixes)) or None
 
 
 def losses(manifest: dict[str, Any], metrics: Metrics, report: dict[str, Any] | None, future: bool) -> Rows:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from megatron_steel.convert.resize import Rows
 
 GENERATION = "generation_config.json"
+_AT_ONCE = 1 << 24
+"""Numbers looked at together: the masks of a whole matrix would double what is in memory."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,7 @@ class Change:
         """Every new (name, tensor). Raises SteelError where a number is not finite."""
         for old, names in self.names.items():
             tensor = weights[old]
-            if not bool(tensor.isfinite().all()):
-                what = f"{old} holds numbers that are not finite"
-                raise SteelError(what, weights.folder, "fetch the weights again")
+            require_finite(old, tensor, weights.folder)
             if self.rows is not None and old in self.matrices:
                 tensor = self.rows.of(tensor)
             for number, new in enumerate(names):
@@ -55,6 +55,14 @@ class Change:
 
     def _shape(self, old: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (len(self.rows.parts), *shape[1:]) if self.rows is not None and old in self.matrices else shape
+
+
+def require_finite(name: str, tensor: "torch.Tensor", folder: Path) -> None:
+    """Raise SteelError where a number is not."""
+    for piece in tensor.flatten().split(_AT_ONCE):
+        wide = piece.float() if piece.element_size() == 1 else piece  # torch cannot ask eight bits
+        if not bool(wide.isfinite().all()):
+            raise SteelError(f"{name} holds numbers that are not finite", folder, "fetch the weights again")
 
 
 def write_changed(

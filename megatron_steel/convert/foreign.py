@@ -9,20 +9,16 @@ strangers, and `checkpoint.zero` reads them weights-only. Must not know what an 
 
 import json
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_steel import dist
 from megatron_steel.checkpoint import zero
 from megatron_steel.checkpoint.commit import Checkpoint
 from megatron_steel.checkpoint.sound import require_sound
-from megatron_steel.convert.sources import Trained
+from megatron_steel.convert.sources import Trained, tokenizer_at
 from megatron_steel.errors import SteelError
-
-if TYPE_CHECKING:
-    from megatron_steel.data.tokenizer import Tokenizer
 
 LATEST = "latest"  # DeepSpeed's pointer: the name of the folder with the newest files
 _TRAINERS = re.compile(r"^checkpoint-(\d+)$")
@@ -37,11 +33,12 @@ def is_foreign(source: Path) -> bool:
     return named or bool(_checkpoints(source)) or (source / LATEST).is_file() or _has_states(source)
 
 
-def find(source: Path, model: Path | None) -> Trained:
+def find(source: Path, model: Path | None, tokenizer: Path | None = None) -> Trained:
     """What a checkpoint of others holds; of several in a Trainer's output folder the newest whole one.
 
     Args:
         model: a Hugging Face folder with the configuration, and maybe the tokenizer, where the checkpoint has none.
+        tokenizer: a folder or a `.model`, instead of what lies beside the checkpoint or the model.
     Raises:
         SteelError: none is whole, a damaged or unsafe file, no configuration, names that are not the model's.
     """
@@ -49,7 +46,7 @@ def find(source: Path, model: Path | None) -> Trained:
     problems = []
     for path in reversed(candidates):
         try:
-            return _trained(path, model, source)
+            return _trained(path, model, source, tokenizer)
         except SteelError as error:
             if len(candidates) > 1:
                 dist.log.warning("passed over a checkpoint: %s", error)
@@ -59,10 +56,10 @@ def find(source: Path, model: Path | None) -> Trained:
     if problems:
         what = f"none of its {len(problems)} checkpoints can be exported; the newest: {problems[0].what}"
         raise SteelError(what, source, problems[0].remedy)
-    return _trained(source, model, source)
+    return _trained(source, model, source, tokenizer)
 
 
-def _trained(path: Path, model: Path | None, source: Path) -> Trained:
+def _trained(path: Path, model: Path | None, source: Path, place: Path | None) -> Trained:
     from megatron_steel.convert import names
     from megatron_steel.model.build import build_config
     from megatron_steel.recipe import Model
@@ -76,7 +73,10 @@ def _trained(path: Path, model: Path | None, source: Path) -> Trained:
                          "name the model's folder: --model HF_DIR")  # fmt: skip
     require_sound(states)
     found = zero.opened(states)
-    tokenizer_path, tokenizer = _tokenizer((path, model, path.parent, source))
+    tokenizer_path = place or _first((path, model, path.parent, source), *_TOKENIZERS)
+    tokenizer = tokenizer_at(tokenizer_path) if tokenizer_path else None
+    if tokenizer is None:
+        dist.log.warning("no tokenizer lies beside the checkpoint: the export has none (--tokenizer may bring it)")
     generation = _first((path, model), _GENERATION)
     step = _step(path, found.counters)
     config = build_config(Model(path=str(folder)), tokenizer.vocab_size if tokenizer else None)
@@ -129,20 +129,6 @@ def _has_states(path: Path) -> bool:
 def _first(folders: "Iterable[Path | None]", *names: str) -> Path | None:
     """The first folder that holds one of these files."""
     return next((f for f in folders if f is not None and any((f / name).is_file() for name in names)), None)
-
-
-def _tokenizer(folders: "Iterable[Path | None]") -> "tuple[Path | None, Tokenizer | None]":
-    from megatron_steel.convert.companions import copy_tokenizer_files
-    from megatron_steel.data.tokenizer import load_tokenizer
-
-    path = _first(folders, *_TOKENIZERS)
-    if path is None:
-        dist.log.warning("no tokenizer lies beside the checkpoint: the export has none (--model HF_DIR may bring it)")
-        return None, None
-    with tempfile.TemporaryDirectory() as alone:
-        # Beside a config.json transformers may build another tokenizer than these files are: that of the model's type.
-        copy_tokenizer_files(path, Path(alone))
-        return path, load_tokenizer(alone)
 
 
 def _step(path: Path, counters: dict[str, int]) -> int:

@@ -5,20 +5,23 @@
 3. `companions` writes configuration, code and tokenizer beside them, `card` the README; the audit's verdict goes along,
    and `checksums` lists them all.
 4. With `verify` a fresh process without this package loads the folder and gives the same logits (`verify`).
-5. The folder is synced and takes its name. Until then it lies in `.NAME.tmp` beside it.
+5. The folder is synced and takes its name. Until then it lies in `.NAME.export-partial/` beside it,
+   which one process at a time may fill.
 
 Parameter names never change on the way, but where files have always had another (`names`). Must not know how the model was
 trained or which ZeRO stage wrote it.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_steel.checkpoint.commit import sync
+from megatron_steel.checkpoint.commit import MANIFEST, sync
+from megatron_steel.data.reserve import Busy, reserved
 from megatron_steel.errors import SteelError
 from megatron_steel.model.verdict import write_verdict
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from megatron_steel.convert.sources import Trained
 
 DTYPES = ("bfloat16", "float16", "float32")
+_MARKER = "an export's scratch folder"  # only a folder that holds it is removed
 
 
 def export(
@@ -38,6 +42,7 @@ def export(
     average: int = 1,
     cut_padding: bool = False,
     license_id: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder; a few megabytes of weights are in memory at a time.
 
@@ -52,6 +57,8 @@ def export(
         average: export the mean of so many of a run's last whole checkpoints.
         cut_padding: leave out the rows of the vocabulary that belong to no token.
         license_id: for the card, as hubs name licences.
+        tokenizer: the folder or sentencepiece `.model` where the tokenizer lies now, if not where it lay in training; of a
+            run its fingerprint proves that it is the one.
 
     Returns: the published folder.
     Raises:
@@ -65,7 +72,8 @@ def export(
     card.require_license(license_id)
     target = Path(output).absolute()
     refuse_used(target)
-    trained = sources.find(Path(source), Path(model) if model is not None else None, average)
+    described, place = (Path(path) if path is not None else None for path in (model, tokenizer))
+    trained = sources.find(Path(source), described, average, place)
     made = _write(trained, target, dtype, verify, audit, cut_padding, license_id)
     print(f"{output}: {made}")
     print(upload.upload_commands(output, bool(license_id)))
@@ -124,31 +132,45 @@ def _write(
 
 
 def refuse_used(target: Path) -> None:
-    """Raise SteelError where something lies that publishing would replace."""
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.exists() or target.is_symlink():
-        raise SteelError("the output exists already and is never overwritten", target,
-                         "name another folder, or move this one away")  # fmt: skip
+    """Raise SteelError where something lies that publishing would replace, or where training would replace the output."""
+    remedy = "name another folder, or move this one away"
+    if target.is_symlink():  # one to an empty folder could be filled but not replaced
+        raise SteelError("the output is a link and is never overwritten", target, remedy)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise SteelError("the output exists already and is never overwritten", target, remedy)
+    for parent in target.resolve().parents:
+        checkpoints = parent.name == "checkpoints" and next(parent.glob("step-*"), None) is not None
+        if checkpoints or ((parent / MANIFEST).is_file() and (parent / "engine").is_dir()):
+            raise SteelError("the output would lie among a run's checkpoints, which training replaces", target,
+                             "name a folder outside checkpoints/")  # fmt: skip
 
 
 @contextlib.contextmanager
 def publishing(target: Path, verb: str = "export") -> Iterator[Path]:
-    """A folder to fill beside `target`; at a clean end it is synced and renamed, else it is gone."""
+    """A folder to fill beside `target`; at a clean end it is synced and renamed, else it is gone.
+
+    Raises SteelError where another process makes `target` meanwhile, or has made it, and where a folder of the scratch
+    folder's name holds something else than what an export left.
+    """
     from safetensors import SafetensorError
 
-    aside = target.with_name(f".{target.name}.tmp")
+    scratch = target.with_name(f".{target.name}.export-partial")
     new_parents = [p for p in target.parents if not p.exists()]
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed export left
-        aside.mkdir(parents=True)
-        yield aside
-        for path in [*aside.rglob("*"), aside]:
-            sync(path)
-        os.replace(aside, target)
-        sync(target.parent)
+        with _alone(scratch, target):
+            refuse_used(target)  # another process may have finished it since this one looked
+            try:
+                _open_scratch(scratch)
+                aside = scratch / target.name
+                aside.mkdir()
+                yield aside
+                for path in [*aside.rglob("*"), aside]:
+                    sync(path)
+                os.replace(aside, target)
+                sync(target.parent)
+            finally:
+                _remove_scratch(scratch)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
         for parent in new_parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -156,3 +178,42 @@ def publishing(target: Path, verb: str = "export") -> Iterator[Path]:
             what = f"the {verb} could not be written: {getattr(error, 'strerror', None) or error}"
             raise SteelError(what, target, f"free space or mend the folder, then {verb} again") from error
         raise
+
+
+@contextlib.contextmanager
+def _alone(scratch: Path, target: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(reserved(scratch))
+        except FileExistsError:  # where a folder should be lies a file
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+        except Busy:
+            remedy = "wait for it or stop it, or name another folder"
+            raise Busy("another process is writing this folder", target, remedy) from None
+        yield
+
+
+def _open_scratch(scratch: Path) -> None:
+    """Make the scratch folder, in place of one that a killed export left; anything else of its name stays."""
+    if scratch.is_symlink() or (scratch.exists() and not (scratch.is_dir() and _is_ours(scratch))):
+        what = "a folder of this name holds what no export left"
+        raise SteelError(what, scratch, "move it away, or name another output")
+    _remove_scratch(scratch)
+    scratch.mkdir()
+    (scratch / _MARKER).touch()
+
+
+def _is_ours(scratch: Path) -> bool:
+    return (scratch / _MARKER).is_file() or not any(scratch.iterdir())
+
+
+def _remove_scratch(scratch: Path) -> None:
+    """Take away what an export left; the marker goes last, so that one killed here leaves it too."""
+    if scratch.is_symlink() or not scratch.is_dir() or not _is_ours(scratch):
+        return
+    for path in scratch.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (scratch / _MARKER).unlink(missing_ok=True)
+        scratch.rmdir()

@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_steel.convert import published_steel
-from megatron_steel.convert.change import GENERATION, Change, copy_if_there, write_beside, write_changed, write_weights
+from megatron_steel.convert.change import (
+    GENERATION,
+    Change,
+    copy_if_there,
+    require_finite,
+    write_beside,
+    write_changed,
+    write_weights,
+)
 from megatron_steel.convert.published import Published, once, read_published, require_loads
 from megatron_steel.convert.weights import BIN, SAFE
 from megatron_steel.model.folder import refuse_outside
@@ -39,7 +47,7 @@ def import_hf(
 
     Raises:
         SteelError: no model there, a missing, unexpected or misshapen tensor (named), an impossible configuration, a
-            layer that does not exist or cannot stand elsewhere, a tokenizer that does not fit.
+            layer that does not exist or cannot stand elsewhere, a number that is not finite, a tokenizer that does not fit.
     """
     from megatron_steel.convert.hf import publishing, refuse_used
 
@@ -79,6 +87,8 @@ def _copy(source: Published, aside: Path) -> str:
 
     folder = source.folder
     require_loads(folder, source.config, source.weights.shapes, source.shapes, source.trust_code)
+    for name, tensor in source.weights.items():
+        require_finite(name, tensor, folder)
     for name in ("config.json", *(file.name for file in source.weights.files), f"{SAFE}.index.json",
                  f"{BIN}.index.json", GENERATION):  # fmt: skip
         copy_if_there(folder / name, aside)

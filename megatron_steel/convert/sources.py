@@ -4,6 +4,7 @@ A run folder or one of its checkpoints: the newest whose weights are as they wer
 of the last few. What others trained is found by `foreign`. Must not know what an export looks like.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -58,12 +59,13 @@ class Trained:
         return f"step {self.checkpoint.step:,}"
 
 
-def find(source: Path, model: Path | None = None, average: int = 1) -> Trained:
+def find(source: Path, model: Path | None = None, average: int = 1, tokenizer: Path | None = None) -> Trained:
     """What a run folder, a checkpoint, or a ZeRO checkpoint of others holds.
 
     Args:
         model: the Hugging Face folder that describes a checkpoint of others.
         average: the mean of so many of a run's last whole checkpoints.
+        tokenizer: where it lies now, if not where the run's recipe or the checkpoint has it.
 
     Raises:
         SteelError: nothing whole there, or fewer than `average`; a tokenizer that is gone or has changed; a model that
@@ -78,40 +80,73 @@ def find(source: Path, model: Path | None = None, average: int = 1) -> Trained:
         if average > 1:
             raise SteelError("only the checkpoints of a run of megatron_steel can be averaged", source,
                              "leave --average out")  # fmt: skip
-        return foreign.find(source, model)
+        return foreign.find(source, model, tokenizer)
     if ours and model is not None:
         raise SteelError("a run of megatron_steel knows its model by itself", source, "leave --model out")
     if not ours:
         find_checkpoint(source)  # raises
     if average > 1:
-        return _mean_of_run(source, average)
+        return _mean_of_run(source, average, tokenizer)
     with ThreadPoolExecutor(1) as aside:
         finding = aside.submit(find_checkpoint, source)
         import megatron_steel.model.build  # noqa: F401  (takes as long as hashing, which needs no interpreter)
 
-        return of_checkpoint(finding.result())
+        return of_checkpoint(finding.result(), tokenizer)
 
 
-def of_checkpoint(checkpoint: Checkpoint) -> Trained:
-    """One checkpoint of ours; its files are opened when the weights are asked for. Raises SteelError as `find`."""
-    from megatron_steel.data.tokenizer import load_tokenizer
+def of_checkpoint(checkpoint: Checkpoint, place: Path | None = None) -> Trained:
+    """One checkpoint of ours; its files are opened when the weights are asked for. Raises SteelError as `find`.
+
+    Args:
+        place: where its tokenizer lies now; None: where the recipe says. Its fingerprint proves it.
+    """
     from megatron_steel.model.build import build_config
 
     recipe = recipe_of(checkpoint)
-    tokenizer = load_tokenizer(recipe.tokenizer.path)
-    trained_with = checkpoint.manifest.get("tokenizer", tokenizer.facts())
-    if trained_with["fingerprint"] != tokenizer.fingerprint:
-        what = f"the tokenizer has changed since the run was trained with it ({trained_with['name']})"
-        raise SteelError(what, recipe.tokenizer.path, "put the original tokenizer back there")
+    tokenizer = _tokenizer_of_run(checkpoint, Path(recipe.tokenizer.path), place)
     return Trained(
         checkpoint=checkpoint,
         config=build_config(recipe.model, tokenizer.vocab_size),
         weights=lambda: zero.stream_pieces(zero.contents(checkpoint.path)),
         tokenizer=tokenizer,
-        tokenizer_path=Path(recipe.tokenizer.path),
+        tokenizer_path=place or Path(recipe.tokenizer.path),
         code=Path(recipe.model.path) if recipe.model.path else None,
         verdict=_verdict_of_run(checkpoint),
     )
+
+
+def _tokenizer_of_run(checkpoint: Checkpoint, of_recipe: Path, place: Path | None) -> "Tokenizer":
+    from megatron_steel.data.tokenizer import load_tokenizer
+
+    if place is None and not of_recipe.exists():
+        what = "the tokenizer that the run was trained with is not there (seen from the working directory)"
+        raise SteelError(what, of_recipe, "name where it lies now: --tokenizer DIR_OR_MODEL")
+    tokenizer = tokenizer_at(place) if place else load_tokenizer(of_recipe)
+    trained_with = checkpoint.manifest.get("tokenizer", tokenizer.facts())
+    if trained_with["fingerprint"] != tokenizer.fingerprint:
+        if place:
+            what = f"this is another tokenizer than the run was trained with ({trained_with['name']})"
+            raise SteelError(what, place, "name the place of that one: --tokenizer DIR_OR_MODEL")
+        what = f"the tokenizer has changed since the run was trained with it ({trained_with['name']})"
+        raise SteelError(what, of_recipe, "put the original back, or name where it lies: --tokenizer DIR_OR_MODEL")
+    return tokenizer
+
+
+def tokenizer_at(place: Path) -> "Tokenizer":
+    """The tokenizer of a folder, by its own files, or of a sentencepiece `.model`. Raises SteelError where there is none."""
+    from megatron_steel.convert.companions import copy_tokenizer_files
+    from megatron_steel.data.tokenizer import load_tokenizer
+
+    if not place.is_dir():
+        return load_tokenizer(place)
+    with tempfile.TemporaryDirectory() as alone:
+        # Beside a config.json transformers may build another tokenizer than these files are: that of the model's type.
+        if not copy_tokenizer_files(place, Path(alone)):
+            raise SteelError("the folder holds no tokenizer", place, "name another: --tokenizer DIR_OR_MODEL")
+        try:
+            return replace(load_tokenizer(alone), name=place.resolve().name)
+        except SteelError as error:
+            raise SteelError(error.what, place, error.remedy) from error
 
 
 def find_checkpoint(source: Path) -> Checkpoint:
@@ -138,7 +173,7 @@ def find_checkpoint(source: Path) -> Checkpoint:
                      "transformers' Trainer saved")  # fmt: skip
 
 
-def _mean_of_run(run: Path, count: int) -> Trained:
+def _mean_of_run(run: Path, count: int, tokenizer: Path | None) -> Trained:
     """The uniform mean of a run's last `count` whole checkpoints: "latest weight averaging" (Kaddour 2022,
     arXiv:2209.14981; for language models Sanyal et al. 2023, arXiv:2306.03241). It stands in for the end of the learning
     rate's decay: worth trying where a run was stopped at a high rate. Buffers and frozen weights are the newest one's.
@@ -164,7 +199,7 @@ def _mean_of_run(run: Path, count: int) -> Trained:
             what = f"the checkpoints of steps {other.step} and {newest.step} are not of the same model"
             raise SteelError(what, run, "average fewer checkpoints")
     averaged = Checkpoint(newest.path, newest.manifest | {"averaged_steps": steps})
-    found = replace(of_checkpoint(newest), checkpoint=averaged, weights=lambda: _means(whole))
+    found = replace(of_checkpoint(newest, tokenizer), checkpoint=averaged, weights=lambda: _means(whole))
     return replace(found, notes=(("weights", f"uniform {found.label.removeprefix('the ')}"),))
 
 

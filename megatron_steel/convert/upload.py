@@ -19,7 +19,7 @@ def upload_commands(folder: str | os.PathLike[str], licensed: bool) -> str:
         licensed: the card names a licence.
     """
     path = shlex.quote(os.fspath(folder))
-    name = "ORG/" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(folder).absolute().name)
+    name = f"ORG/{_repository(Path(folder).absolute().name)}"
     first = "" if licensed else "  first: choose a licence and export with --license ID\n"
     return (
         "to publish it, with your user name or organisation for ORG:\n"
@@ -28,3 +28,9 @@ def upload_commands(folder: str | os.PathLike[str], licensed: bool) -> str:
         f"  modelscope login; modelscope upload {name} {path}\n"
         f"whoever has downloaded it checks every file, in its folder, by: sha256sum --check {SUMS}"
     )
+
+
+def _repository(name: str) -> str:
+    """What the hubs take for it: at most 96 of their characters, no two of `-.` in a row or at an end; else NAME."""
+    plain = re.sub(r"[-.]{2,}", "-", re.sub(r"[^A-Za-z0-9._-]+", "-", name)).strip("-.")[:96]
+    return plain.removesuffix(".git").strip("-.") or "NAME"

@@ -130,6 +130,16 @@ def test_the_newest_whole_checkpoint_is_taken(trainers, tmp_path, caplog):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_tokenizer_can_be_brought(trainers, tmp_path, tiny_tokenizer, caplog):
+    newest = trainers / "checkpoint-2"
+    for file in (*newest.glob("tokenizer*"), *trainers.glob("tokenizer*")):
+        file.unlink()
+    assert sources.find(newest).tokenizer is None
+    assert "--tokenizer may bring it" in caplog.text
+    out = export(newest, tmp_path / "out", tokenizer=tiny_tokenizer)
+    assert (out / "tokenizer.json").read_bytes() == (tiny_tokenizer / "tokenizer.json").read_bytes()
+
+
 class _Canary:
     def __reduce__(self):
         return os.mkdir, ("canary",)

@@ -226,6 +226,18 @@ def test_a_native_folder_with_a_tensor_missing_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("layers", [None, [0, 1]], ids=["copied", "changed"])
+def test_a_native_folder_with_a_number_that_is_none_is_refused(value, layers, tmp_path):
+    model = build_model(build_config(Model(type="llama", config={k: SIZES[k] for k in list(SIZES)[:6]})), 8)
+    with torch.no_grad():
+        model.model.norm.weight[-1] = value
+    model.save_pretrained(tmp_path / "in")
+    with pytest.raises(SteelError, match=r"model\.norm\.weight holds numbers that are not finite"):
+        import_hf(tmp_path / "in", tmp_path / "out", layers=layers)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def test_the_audit_asks_for_the_import_first(tmp_path, capsys):
     publish(tmp_path / "in")
     assert cli.main(["audit", str(tmp_path / "in")]) == 78

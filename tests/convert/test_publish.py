@@ -11,15 +11,18 @@ import torch
 import yaml
 from conftest import VOCABULARY
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_steel import cli
+from megatron_steel import cli, preflight
+from megatron_steel.checkpoint import commit
 from megatron_steel.checkpoint.commit import Checkpoint
 from megatron_steel.convert import card, card_facts, names, padding, shards
 from megatron_steel.convert.checksums import SUMS, write_checksums
 from megatron_steel.convert.hf import export
 from megatron_steel.convert.upload import upload_commands
+from megatron_steel.data.segments import Member
 from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_config
@@ -153,8 +156,52 @@ def test_it_ends_with_the_commands_to_publish(run, tmp_path, capsys):
     )
     assert "REPO_ID [LOCAL_PATH]" in shown.stdout
     said = upload_commands("我的 model", licensed=True)
-    assert "hf upload ORG/-model '我的 model'" in said
+    assert "hf upload ORG/model '我的 model'" in said
     assert "choose" not in said
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("我的模型", "NAME"), ("我的-7b", "7b"), ("-lead", "lead"), ("trail-", "trail"), ("a--b", "a-b"), ("a..b", "a-b"), ("a-.b", "a-b"),
+     (".hidden", "hidden"), ("x.git", "x"), ("a" * 95 + "-b", "a" * 95), ("zh 1.5b_v2", "zh-1.5b_v2")],
+)  # fmt: skip
+def test_the_hub_takes_the_name_of_the_repository(folder, name):
+    said = upload_commands(f"out/{folder}", licensed=True)
+    assert f"hf upload ORG/{name} " in said
+    validate_repo_id(f"ORG/{name}")
+
+
+@pytest.fixture
+def moved(run, tmp_path) -> Path:
+    """A checkpoint as on another machine: its recipe's tokenizer is not here."""
+    step = Path(shutil.copytree(run / "checkpoints" / "step-00000002", tmp_path / "step-00000002"))
+    tree = json.loads((step / "manifest.json").read_text())
+    tree["recipe"]["tokenizer"]["path"] = "not/here"
+    (step / "manifest.json").write_text(json.dumps(commit.sealed(tree)))
+    return step
+
+
+def test_a_run_is_exported_where_its_tokenizer_lies_elsewhere(moved, whole, tmp_path, tiny_tokenizer):
+    with pytest.raises(SteelError, match="is not there") as error:
+        export(moved, tmp_path / "out", "float32")
+    assert "--tokenizer DIR_OR_MODEL" in str(error.value)
+    out = tmp_path / "out"
+    command = ["export", str(moved), str(out), "--dtype", "float32", "--tokenizer", str(whole)]  # beside a config.json
+    assert cli.main(command) == 0
+    for file in ("model.safetensors", "config.json", *(file.name for file in tiny_tokenizer.iterdir())):
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_another_tokenizer_is_refused(moved, tmp_path, tiny_tokenizer):
+    other = Path(shutil.copytree(tiny_tokenizer, tmp_path / "other"))
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w5"', '"v5"'))
+    for place, what in ((other, "another tokenizer than the run was trained with"), (tmp_path, "holds no tokenizer"),
+                        (tmp_path / "nothing", "no such tokenizer")):  # fmt: skip
+        with pytest.raises(SteelError, match=what) as error:
+            export(moved, tmp_path / "out", tokenizer=place)
+        assert str(place) in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["Apache 2.0", "MIT", "", "a: b", "x\n"])
@@ -199,7 +246,10 @@ def test_what_cannot_be_cut_is_named(tiny_tokenizer):
             padding.require_cuttable(whole, cut)
 
 
-def test_files_of_gpt_neox_have_the_name_that_all_others_know():
+def test_files_of_gpt_neox_have_the_name_that_all_others_know(whole):
+    exported = load_file(whole / "model.safetensors")
+    assert "embed_out.weight" in exported
+    assert "lm_head.weight" not in exported
     pairs = [("lm_head.weight", 1), ("x", 2)]
     assert list(names.published("gpt_neox", pairs)) == [("embed_out.weight", 1), ("x", 2)]
     assert list(names.published("llama", pairs)) == pairs
@@ -297,3 +347,33 @@ def test_a_length_that_changed_gives_no_shares():
     assert card_facts.data_sets({"data": [{"name": "a", "tokens": 10, "digest": "x"}], "order": {"segments": []}}) == [
         ("a", "10", "", "")
     ]
+
+
+def test_data_sets_of_one_name_keep_their_own_weights_and_are_told_apart():
+    sets = [{"prefix": f"/d/{place}", "name": "train", "tokens": 10} for place in ("zh/train", "en/train")]
+    other = {"prefix": "/d/code", "name": "code", "tokens": 10}
+    given = [{"prefix": "/d/zh/train", "weight": 3}, {"prefix": "/d/en/train", "weight": 1}, {"prefix": "/d/code"}]
+    manifest = {"data": [*sets, other], "recipe": {"data": {"train": given, "validation": [*given[:2]]}}}
+    rows = card_facts.data_sets(manifest)
+    assert [(name, weight) for name, _, weight, _ in rows] == [("zh/train", "3"), ("en/train", "1"), ("code", "")]
+    assert card_facts.validation_sets(manifest) == "zh/train, en/train"
+    for entry in (*sets, other):  # as older checkpoints
+        del entry["prefix"]
+    assert [row[2] for row in card_facts.data_sets(manifest)] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [({"steps": 3}, 3), ({"tokens": 257}, 2), ({"tokens": 513}, 3), ({"epochs": 2.0}, None), ({"epochs": 0.001}, 2)],
+    ids=str,
+)
+def test_the_runs_length_is_told_however_it_was_given(given, length, run):
+    manifest = json.loads((run / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    manifest["recipe"]["train"] |= {"steps": None, "tokens": None, "epochs": None, **given}
+    # The arithmetic is preflight's, which no room of this layer can import.
+    recipe = from_dict(manifest["recipe"])
+    members = [Member(e["prefix"], e["digest"], e["tokens"], None) for e in manifest["data"]]
+    wanted = preflight.total_steps(recipe, members, Checkpoint(run, manifest))
+    assert length in (None, wanted)
+    told = dict(card_facts.training(manifest, [])).get("the run's length")
+    assert told == (f"{wanted:,} steps: this is a checkpoint from its middle" if wanted > 2 else None)

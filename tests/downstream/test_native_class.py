@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from safetensors import safe_open
 from tiny_exports import CLASSES, documented, run_documented
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron_steel.convert.companions import config_tree
@@ -51,21 +50,6 @@ def test_other_steel_models_are_not_relabelled(choices, tmp_path):
     with pytest.raises(AssertionError, match="no native class"):
         run_documented(documented("Qwen2ForCausalLM", **{"exports/steel-as-qwen2": str(tmp_path)}))
     assert (tmp_path / "config.json").read_bytes() == before
-
-
-def test_a_gpt_neox_with_the_heads_older_name_is_the_same_model(tmp_path):
-    config = GPTNeoXConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                           initializer_range=0.1)  # fmt: skip
-    want = build_model(config, 3).eval()
-    want.save_pretrained(tmp_path)
-    code = documented("embed_out", **{"exports/gpt_neox/model.safetensors": str(tmp_path / "model.safetensors")})
-    run_documented(code)
-    with safe_open(str(tmp_path / "model.safetensors"), "pt") as tensors:
-        assert "embed_out.weight" in tensors.keys()  # noqa: SIM118  (safe_open is no dict)
-        assert "lm_head.weight" not in tensors.keys()  # noqa: SIM118
-    got, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
-    assert not any(report.values())
-    assert torch.equal(want.lm_head.weight, got.lm_head.weight)
 
 
 @pytest.mark.parametrize(
