@@ -39,7 +39,12 @@ def refused(tmp_path, capsys):
     [
         ("sft", {"messages": [{"role": "function", "content": "x"}, A]}, r"line 2: messages\[0\] has the unknown role 'function' (known: system, user, assistant)"),
         ("sft", {"messages": [U]}, "no assistant turn"),
-        ("sft", {"messages": [U, {"role": "assistant", "content": " \n"}]}, "the assistant says nothing"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": " \n"}]}, "the assistant says nothing in messages[1]"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": ""}, U, A]}, "the assistant says nothing in messages[1]"),
+        ("sft", {"messages": [U, A, U, {**A, "tool_calls": [{"name": "f"}]}]}, "messages[3] calls tools, which is not learned"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, A]}, "messages[1] calls tools"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": "\ud83d"}]}, "messages[1] holds half a character"),
+        ("dpo", {"prompt": [{"role": "user", "content": "x\ude00"}], "chosen": [A], "rejected": [U]}, "prompt[0] holds half a character"),
         ("sft", {"messages": [U, {"role": "system", "content": "s"}, A]}, r"messages\[1\] is a system turn that is not the first"),
         ("sft", {"messages": [U, {"role": "assistant", "content": None}]}, r"messages\[1\] is not {role, content} with text"),
         ("sft", {"messages": []}, "messages is not a list of turns"),
@@ -59,7 +64,7 @@ def refused(tmp_path, capsys):
 def test_a_row_that_cannot_be_trained_on_is_named(kind, row, named, tmp_path):
     good = GOOD if kind == "sft" else preferences(1)[0]
     file = tmp_path / "rows.jsonl"
-    write_rows(file, [good, row, good, row])
+    file.write_text("".join(json.dumps(each) + "\n" for each in (good, row, good, row)))
     with pytest.raises(SteelError) as caught:
         list(read_rows(file, kind))
     assert "2 of 4 rows cannot be trained on" in str(caught.value)
