@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 from transformers.integrations import TensorBoardCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -156,6 +156,9 @@ def _arguments(plan: Plan, work: Path, gpu: bool) -> dict[str, Any]:
     """Of SFTConfig or DPOConfig."""
     given = {key: value for key, value in plan.settings.items() if key != "max_length"}
     micro = given["per_device_train_batch_size"]
+    if given.get("activation_offloading") and not gpu:
+        what = "activation_offloading moves what a GPU holds to the CPU, and there is no GPU"
+        raise SteelError(what, "command line", "leave activation_offloading out")
     fixed: dict[str, Any] = {
         "output_dir": str(work / "checkpoints"),
         "gradient_accumulation_steps": accumulation(plan.global_batch, micro, plan.ranks),
@@ -213,6 +216,7 @@ def _trainer(
     shared: dict[str, Any] = {"train_dataset": rows["train"], "eval_dataset": rows.get("heldout"), "processing_class": tokenizer,
                               "callbacks": callbacks, "peft_config": lora.config(model, plan.lora) if plan.lora else None}  # fmt: skip
     try:
+        _require_schedule(plan)
         if plan.kind == "dpo":
             return Preferences(model, reference, DPOConfig(**arguments), **shared)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -221,6 +225,13 @@ def _trainer(
     except (ValueError, TypeError, ImportError) as error:  # settings that exclude each other
         what = f"TRL refuses these settings: {type(error).__name__}: {error}"
         raise SteelError(what, "command line", "change the key=value words, or leave them out") from error
+
+
+def _require_schedule(plan: Plan) -> None:
+    """Raise ValueError or TypeError for a schedule that cannot be made; Trainer makes it only when it trains."""
+    given = plan.settings.get("lr_scheduler_kwargs")
+    get_scheduler(plan.settings["lr_scheduler_type"], torch.optim.SGD([torch.zeros(1)], lr=1.0), plan.counts["warm_up"],
+                  plan.counts["steps"], given)  # fmt: skip
 
 
 def _tensorboard(work: Path, resume: Path | None) -> TensorBoardCallback:

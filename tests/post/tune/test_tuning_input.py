@@ -108,6 +108,54 @@ def test_the_recipes_of_the_paper_are_the_defaults():
 
 
 @pytest.mark.parametrize(
+    ("kind", "words", "named"),
+    [
+        ("sft", ["num_train_epochs=0"], "num_train_epochs=0.0 is not above 0"),
+        ("sft", ["num_train_epochs=nan", "max_steps=3"], "num_train_epochs=nan is no finite number"),
+        ("sft", ["weight_decay=inf"], "weight_decay=inf is no finite number"),
+        ("sft", ["max_grad_norm=nan"], "max_grad_norm=nan is no finite number"),
+        ("sft", ["report_to=wandb"], "report_to is decided by this verb itself"),
+        ("sft", ["dataloader_drop_last=true"], "dataloader_drop_last is decided by this verb itself"),
+        ("dpo", ["beta=0"], "beta=0.0 is not above 0"),
+        ("dpo", ["loss_type=ipo,sigmoyd"], "loss_type=sigmoyd is not known (known: sigmoid, hinge, ipo,"),
+        ("dpo", ["loss_weights=1,nan"], "loss_weights=nan is no finite number"),
+    ],
+)
+def test_what_cannot_train_is_no_setting(kind, words, named):
+    with pytest.raises(SteelError) as caught:
+        settings.read_settings(kind, words)
+    assert named in str(caught.value)
+
+
+def test_steps_need_no_epochs():
+    assert settings.read_settings("sft", ["num_train_epochs=0", "max_steps=3"])["max_steps"] == 3
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_training_decides_is_no_setting(kind, gpu, tmp_path):
+    from megatron_steel.post.tune.plan import Plan
+    from megatron_steel.post.tune.trainers import _arguments
+
+    plan = Plan(kind, "model", False, settings.read_settings(kind, []), 8, 1, None, None, False, {})
+    made = _arguments(plan, tmp_path, gpu)
+    decided = {key for key, value in made.items() if plan.settings.get(key, made) != value} - {"bf16"}
+    assert len(decided) > 5
+    assert decided <= settings._OWNED.keys()
+
+
+def test_activations_cannot_leave_a_gpu_that_is_not_there(tmp_path):
+    from megatron_steel.post.tune.plan import Plan
+    from megatron_steel.post.tune.trainers import _arguments
+
+    values = settings.read_settings("sft", ["activation_offloading=true"])
+    plan = Plan("sft", "model", False, values, 8, 1, None, None, False, {})
+    assert _arguments(plan, tmp_path, gpu=True)["activation_offloading"]
+    with pytest.raises(SteelError, match="there is no GPU"):
+        _arguments(plan, tmp_path, gpu=False)
+
+
+@pytest.mark.parametrize(
     ("batch", "micro", "ranks", "cut"),
     [(256, 8, 8, 4), (256, 8, 3, None), (4, 8, 1, None), (0, 1, 1, None), (8, 8, 1, 1)],
 )
@@ -155,6 +203,7 @@ def test_bad_models_data_and_outputs_are_named(letters, refused, tmp_path):
     assert "there is no DeepSpeed file" in refused("sft", letters, rows, "--deepspeed", "zero9.json")
     assert "these rows are conversations" in refused("dpo", letters, rows)
     assert "TRL refuses these settings" in refused("sft", letters, rows, "eval_strategy=steps")  # nothing is held out
+    assert "TRL refuses these settings" in refused("sft", letters, rows, 'lr_scheduler_kwargs={"cycles": 1}')
 
 
 def test_an_output_that_holds_something_else_is_left_alone(letters, tmp_path, capsys):
