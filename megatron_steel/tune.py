@@ -278,8 +278,11 @@ def main(words: list[str]) -> int:
                    "remedy": "see the traceback above; the same command goes on from the last checkpoint"}  # fmt: skip
     file = work / _OUTCOMES / f"{dist.rank()}.json"
     aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
-    aside.replace(file)
+    try:
+        aside.write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
+        aside.replace(file)
+    except OSError as problem:  # a full disk, most likely: the terminal takes what it does not
+        dist.log.error("rank %d: %s; and %s", dist.rank(), outcome, problem)
     return EXIT_DONE if outcome["exit_code"] == EXIT_STOPPED else int(outcome["exit_code"])
 
 

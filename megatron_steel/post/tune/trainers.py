@@ -26,12 +26,21 @@ from megatron_steel.post.tune import lora
 from megatron_steel.post.tune.batches import Collator, keep_apart
 from megatron_steel.post.tune.plan import STOP, WHOLE, Plan, newest_whole
 from megatron_steel.post.tune.settings import accumulation
+from megatron_steel.post.tune.writing import writing
 
 RESULT = "result.json"
 WEIGHTS = "weights"
 
 
-class Supervised(SFTTrainer):
+class _Saves:
+    """Names what the disk does not take of a checkpoint."""
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> Any:
+        with writing(self.args.output_dir):  # type: ignore[attr-defined]
+            return super()._save_checkpoint(*arguments, **named)  # type: ignore[misc]
+
+
+class Supervised(_Saves, SFTTrainer):
     """SFT whose held-out loss is the mean over all supervised tokens, on any number of ranks."""
 
     def evaluate(
@@ -52,7 +61,7 @@ class Supervised(SFTTrainer):
         return metrics
 
 
-class Preferences(DPOTrainer):
+class Preferences(_Saves, DPOTrainer):
     """DPO over `prompt_ids`, `chosen_ids`, `rejected_ids`."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -138,17 +147,21 @@ def _train(plan: Plan, work: Path, keeper: Keeper, ready: Callable[[Any], None])
     trainer = _trainer(plan, work, _arguments(plan, work, gpu), model, reference, tokenizer, [keeper])
     if dist.is_main():
         trainer.add_callback(_tensorboard(work, resume))
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with writing(work, whole=False):  # the curves
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     state = trainer.state
     if keeper.stopped and state.global_step < state.max_steps:
         raise Stopped(
             f"stopped on request at step {state.global_step} of {state.max_steps}; the same command goes on from there"
         )
-    trainer.save_model(str(work / WEIGHTS))  # collective: ZeRO-3 gathers
-    if dist.is_main():
-        tied = list(getattr(model, "all_tied_weights_keys", None) or {})  # none where they are not tied
-        result = {"steps": state.global_step, "tied": tied, "log": state.log_history}
-        (work / RESULT).write_text(json.dumps(result), encoding="utf-8")
+    with writing(work):
+        trainer.save_model(str(work / WEIGHTS))  # collective: ZeRO-3 gathers
+        if dist.is_main():
+            tied = list(getattr(model, "all_tied_weights_keys", None) or {})  # none where they are not tied
+            result = {"steps": state.global_step, "tied": tied, "log": state.log_history}
+            aside = work / f"{RESULT}.partial"
+            aside.write_text(json.dumps(result), encoding="utf-8")
+            aside.replace(work / RESULT)
     dist.barrier()
 
 
