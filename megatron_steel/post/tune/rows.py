@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_steel import dist
 from megatron_steel.errors import SteelError
 
 ROLES = ("system", "user", "assistant")
@@ -45,7 +46,14 @@ def data_files(data: str) -> dict[str, Path]:
         raise SteelError(
             f"the folder has no {TRAIN}", path, "name a folder that `megatron-steel sft-data` wrote, or a jsonl file"
         )
+    if "heldout" in found and not _has_rows(found["heldout"]):
+        dist.log.warning("%s has no rows: nothing is held out", found.pop("heldout"))
     return found
+
+
+def _has_rows(file: Path) -> bool:
+    with open(file, "rb") as lines:
+        return any(line.strip() for line in lines)
 
 
 def read_rows(file: Path, kind: str) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from tiny_tuning import conversation, preferences, run, sums, write_rows, write_
 from megatron_steel.errors import EXIT_BAD_INPUT, SteelError
 from megatron_steel.post.tune import settings
 from megatron_steel.post.tune.lora import read_lora
-from megatron_steel.post.tune.rows import read_rows
+from megatron_steel.post.tune.rows import data_files, read_rows
 
 GOOD = conversation("a", "b")
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -204,6 +204,18 @@ def test_bad_models_data_and_outputs_are_named(letters, refused, tmp_path):
     assert "these rows are conversations" in refused("dpo", letters, rows)
     assert "TRL refuses these settings" in refused("sft", letters, rows, "eval_strategy=steps")  # nothing is held out
     assert "TRL refuses these settings" in refused("sft", letters, rows, 'lr_scheduler_kwargs={"cycles": 1}')
+
+
+def test_an_empty_file_of_held_out_rows_is_left_out(letters, tmp_path, capsys):
+    write_rows(tmp_path / "data" / "train.jsonl", sums(2))
+    (tmp_path / "data" / "heldout.jsonl").write_text("\n\n")
+    words = ["--global-batch-size=8", "max_steps=1", "--output", tmp_path / "out"]
+    assert run("sft", letters, tmp_path / "data", *words) == 0
+    said = capsys.readouterr()
+    assert "heldout.jsonl has no rows: nothing is held out" in said.err
+    assert "held out" not in said.out
+    write_rows(tmp_path / "data" / "heldout.jsonl", sums(1))
+    assert data_files(str(tmp_path / "data")).keys() == {"train", "heldout"}
 
 
 def test_an_output_that_holds_something_else_is_left_alone(letters, tmp_path, capsys):
