@@ -232,14 +232,21 @@ def _judge(outcomes: Path, ranks: int, code: int, asked: bool) -> None:
     """Raise how a run ended, from what each rank wrote last."""
     told = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(outcomes.glob("*.json"))]
     problems = [tree for tree in told if tree["exit_code"] not in (EXIT_DONE, EXIT_STOPPED)]
+    dead = (
+        f"{ranks - len(told)} of {ranks} ranks died without a word (the launcher ended with {code})"
+        if len(told) < ranks
+        else ""
+    )
     if problems:
         worst = max(problems, key=lambda tree: tree["exit_code"] == EXIT_BAD_INPUT)
-        kind = SteelError if worst["exit_code"] == EXIT_BAD_INPUT else TrainingError
-        raise kind(worst["what"], worst["where"], worst["remedy"])
-    if len(told) < ranks and asked:
+        if worst["exit_code"] == EXIT_BAD_INPUT:
+            raise SteelError(worst["what"], worst["where"], worst["remedy"])
+        # Who lost a partner fails too, and says so louder than the one who died.
+        raise TrainingError(worst["what"] + (f"; and {dead}" if dead else ""), worst["where"], worst["remedy"])
+    if dead and asked:
         raise Stopped("stopped at once, on request; the same command goes on from the last checkpoint")
-    if len(told) < ranks:
-        raise TrainingError(f"{ranks - len(told)} of {ranks} ranks died without a word (the launcher ended with {code})", outcomes.parent,
+    if dead:
+        raise TrainingError(dead, outcomes.parent,
                             "see above; the same command goes on from the last checkpoint")  # fmt: skip
     stopped = [tree["what"] for tree in told if tree["exit_code"] == EXIT_STOPPED]
     if stopped:

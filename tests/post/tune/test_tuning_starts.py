@@ -1,6 +1,8 @@
 """What a command of sft finds beside it: ranks of other runs, ranks of its own that a killed supervisor left, bad places."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from processes import wait_for
 from tiny_tuning import conversation, run, sums, write_rows, write_tiny
 
 from megatron_steel import tune
-from megatron_steel.errors import EXIT_BAD_INPUT, EXIT_STOPPED
+from megatron_steel.errors import EXIT_BAD_INPUT, EXIT_STOPPED, SteelError, Stopped, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +102,24 @@ def test_a_stop_before_the_first_step_leaves_nothing(letters, tmp_path, capsys):
     assert "stopped on request" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked", "kind", "named"),
+    [
+        ([70], False, TrainingError, "lost the other; and 1 of 2 ranks died without a word"),
+        ([70, 70], False, TrainingError, "lost the other$"),
+        ([78], False, SteelError, "lost the other$"),
+        ([], False, TrainingError, "^2 of 2 ranks died without a word"),
+        ([75], True, Stopped, "stopped at once"),
+        ([75, 75], True, Stopped, "lost the other"),
+    ],
+)
+def test_how_ranks_ended_is_told_with_those_that_died(codes, asked, kind, named, tmp_path):
+    for rank, code in enumerate(codes):
+        told = {"exit_code": code, "what": "lost the other", "where": "rank 0", "remedy": "see above"}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(told))
+    with pytest.raises(kind) as caught:
+        tune._judge(tmp_path, 2, -9, asked)
+    assert type(caught.value) is kind
+    assert re.search(named, getattr(caught.value, "what", str(caught.value)))
