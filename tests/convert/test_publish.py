@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from megatron_steel import cli
 from megatron_steel.checkpoint.commit import Checkpoint
 from megatron_steel.convert import card, card_facts, names, padding, shards
-from megatron_steel.convert.checksums import SUMS, write_checksums
 from megatron_steel.convert.hf import export
 from megatron_steel.convert.upload import upload_commands
+from megatron_steel.data.checksums import SUMS, write_checksums
 from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_config

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.checkpoint.commit import sync
+from megatron_steel.data.checksums import write_checksums
 from megatron_steel.model.folder import refuse_outside
 from megatron_steel.post.tune import lora
 from megatron_steel.post.tune.plan import Plan
@@ -46,6 +47,7 @@ def _assemble(plan: Plan, work: Path) -> None:
     weights = _merged(plan, work, made) if plan.lora else work / WEIGHTS
     _cast(weights, made, _dtype_of(Path(plan.model)), _tied_names(work))
     copy_companions(Path(plan.model), made)
+    write_checksums(made)  # of the model alone
     for file in made.iterdir():
         place = work / file.name
         shutil.rmtree(place) if place.is_dir() else None
