@@ -160,7 +160,7 @@ class Supervisor:
                 left = _processes(reports)
                 if launcher.poll() is None:
                     launcher.kill()
-                _kill([process for process in left if process.pid != launcher.pid])  # ours to wait for: it has the code
+                kill([process for process in left if process.pid != launcher.pid])  # ours to wait for: it has the code
                 code = launcher.wait()
             return judge(report.read_all(reports), code, {process.pid for process in left}, self._asked is not None)
         finally:
@@ -291,7 +291,8 @@ def _processes(reports: Path) -> list[Any]:
     return list(found.values())
 
 
-def _kill(processes: list[Any]) -> None:
+def kill(processes: list[Any]) -> None:
+    """Kill processes and wait until they are gone."""
     import psutil
 
     for process in processes:

@@ -11,24 +11,58 @@ Holds together what may not know each other: training's DeepSpeed and the fine-t
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from megatron_steel import dist, supervise
-from megatron_steel.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, SteelError, Stopped, TrainingError
+from megatron_steel.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    SteelError,
+    Stopped,
+    StoppedEarly,
+    TrainingError,
+)
 
 _MODULE = "megatron_steel.tune"
 _OUTCOMES = "outcomes"
+_START = "--start="  # and a word that no other start has, on the command line of its ranks
 _LOOK_EVERY = 0.2
 _LEFT_END_IN = 120.0  # seconds for ranks that lost their launcher to save and leave
 
 
+@contextlib.contextmanager
+def _leaves_when_asked() -> Iterator[None]:
+    """A signal to stop ends what trains nothing: reading, tokenizing, publishing. Training has handlers of its own."""
+    from megatron_steel.train.watch import stop_signals
+
+    asked: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if asked.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        if len(asked) == 1:  # the next may not tear what cleans up
+            raise StoppedEarly("stopped on request; the same command goes on from what is saved")
+
+    before = {number: signal.signal(number, leave) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@_leaves_when_asked()
 def tune(
     kind: str, model: str, data: str, output: str, overrides: list[str], global_batch: int | None, num_gpus: int | None,
     deepspeed: str | None, lora: str | None, packing: bool, trust_code: bool,
@@ -43,7 +77,7 @@ def tune(
 
     Raises:
         SteelError: bad settings, model, data or output; nothing is written then.
-        Stopped: asked to stop; the same command goes on.
+        Stopped, StoppedEarly: asked to stop; the same command goes on.
         TrainingError: a rank failed.
     """
     from megatron_steel.post.tune import settings
@@ -51,7 +85,7 @@ def tune(
 
     settings.require_extra()
     from megatron_steel.data.reserve import reserved
-    from megatron_steel.post.tune.plan import Plan
+    from megatron_steel.post.tune.plan import Plan, work_folder
     from megatron_steel.post.tune.prepare import prepare
     from megatron_steel.train.engine import read_config
 
@@ -66,15 +100,35 @@ def tune(
     plan = Plan(kind, str(Path(model).resolve()), trust_code, values, batch, ranks, config, read_lora(lora), packing, {},
                 starter=0 if alone else os.getpid())  # fmt: skip
     target = Path(output)
+    _require_place(target, Path(plan.model))
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(reserved(target))
+            _require_nobody(work_folder(target.resolve()))
             work = prepare(plan, data, target)
         except OSError as error:  # what the file system has against the output
             remedy = "mend it and give the same command again"
             raise SteelError(f"cannot write: {error.strerror or error}", target, remedy) from error
         if work is not None:
-            _run(work, target, alone)
+            _run(work_folder(target.resolve()), target, alone)  # absolute: it names the run's ranks
+
+
+def _require_place(output: Path, model: Path) -> None:
+    """Raise SteelError where no new folder can be."""
+    if output.name in ("", ".."):
+        raise SteelError("this names no new folder", f"--output {output}", "name one that does not exist yet")
+    if output.resolve().is_relative_to(model):  # the run's own files would become part of the model
+        raise SteelError("the output lies in the folder of the model", output, "name one outside of it")
+
+
+def _require_nobody(work: Path) -> None:
+    """Raise SteelError while ranks of an earlier start write there: their supervisor was killed."""
+    left = _ranks(work)
+    if left:
+        what = (
+            f"{len(left)} ranks of an earlier start still train there (processes {', '.join(str(p.pid) for p in left)})"
+        )
+        raise SteelError(what, work, "they save and leave at the end of their step: wait for them, or kill them")
 
 
 def _run(work: Path, output: Path, alone: bool) -> None:
@@ -116,16 +170,15 @@ def _launch(ranks: int, work: Path) -> None:
     def ask(number: int, frame: FrameType | None) -> None:
         asked.append(number)
 
+    start = _START + secrets.token_hex(8)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *supervise.ranks_options(ranks),
-               "--master_port", supervise.free_port(), "--module", _MODULE, str(work)]  # fmt: skip
+               "--master_port", supervise.free_port(), "--module", _MODULE, str(work), start]  # fmt: skip
     before = {number: signal.signal(number, ask) for number in stop_signals()}
     launcher = subprocess.Popen(command, start_new_session=True, env=_environment(ranks))
     try:
-        _wait(launcher, work, asked)
+        _wait(launcher, work, start, asked)
     finally:
-        for process in _ranks(work):
-            with contextlib.suppress(Exception):
-                process.kill()
+        supervise.kill(_ranks(work, start))
         if launcher.poll() is None:
             launcher.kill()
         launcher.wait()
@@ -135,12 +188,12 @@ def _launch(ranks: int, work: Path) -> None:
     _judge(outcomes, ranks, launcher.returncode, bool(asked))
 
 
-def _wait(launcher: "subprocess.Popen[bytes]", work: Path, asked: list[int]) -> None:
+def _wait(launcher: "subprocess.Popen[bytes]", work: Path, start: str, asked: list[int]) -> None:
     """Until no rank lives, or what lives must be killed."""
     from megatron_steel.post.tune.plan import STOP
 
     told, kill_at = 0, float("inf")
-    while launcher.poll() is None or _ranks(work):
+    while launcher.poll() is None or _ranks(work, start):
         if len(asked) > told:
             told = len(asked)
             if asked.count(signal.SIGINT) > 1:  # the second Ctrl-C means now
@@ -154,19 +207,22 @@ def _wait(launcher: "subprocess.Popen[bytes]", work: Path, asked: list[int]) -> 
         time.sleep(_LOOK_EVERY)
 
 
-def _ranks(work: Path) -> list[Any]:
-    """The rank processes of this run that live."""
+def _ranks(work: Path, start: str | None = None) -> list[Any]:
+    """The rank processes of one start that live; of any start in this folder where none is named.
+
+    Processes of another container may be seen here, with a folder of the same name.
+    """
     import psutil
 
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
-        alive = process.info["status"] != psutil.STATUS_ZOMBIE
         if (
-            alive
+            process.info["status"] != psutil.STATUS_ZOMBIE
             and str(work) in words
             and any(word.startswith("--local_rank=") for word in words)
             and _MODULE in words[:4]
+            and (start is None or start in words)
         ):
             found.append(process)
     return found
@@ -176,14 +232,21 @@ def _judge(outcomes: Path, ranks: int, code: int, asked: bool) -> None:
     """Raise how a run ended, from what each rank wrote last."""
     told = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(outcomes.glob("*.json"))]
     problems = [tree for tree in told if tree["exit_code"] not in (EXIT_DONE, EXIT_STOPPED)]
+    dead = (
+        f"{ranks - len(told)} of {ranks} ranks died without a word (the launcher ended with {code})"
+        if len(told) < ranks
+        else ""
+    )
     if problems:
         worst = max(problems, key=lambda tree: tree["exit_code"] == EXIT_BAD_INPUT)
-        kind = SteelError if worst["exit_code"] == EXIT_BAD_INPUT else TrainingError
-        raise kind(worst["what"], worst["where"], worst["remedy"])
-    if len(told) < ranks and asked:
+        if worst["exit_code"] == EXIT_BAD_INPUT:
+            raise SteelError(worst["what"], worst["where"], worst["remedy"])
+        # Who lost a partner fails too, and says so louder than the one who died.
+        raise TrainingError(worst["what"] + (f"; and {dead}" if dead else ""), worst["where"], worst["remedy"])
+    if dead and asked:
         raise Stopped("stopped at once, on request; the same command goes on from the last checkpoint")
-    if len(told) < ranks:
-        raise TrainingError(f"{ranks - len(told)} of {ranks} ranks died without a word (the launcher ended with {code})", outcomes.parent,
+    if dead:
+        raise TrainingError(dead, outcomes.parent,
                             "see above; the same command goes on from the last checkpoint")  # fmt: skip
     stopped = [tree["what"] for tree in told if tree["exit_code"] == EXIT_STOPPED]
     if stopped:
@@ -206,7 +269,7 @@ def _gpus() -> int:
 
 def main(words: list[str]) -> int:
     """One rank under the launcher: train, and write how it ended."""
-    work = Path(next(word for word in words if not word.startswith("--local_rank")))
+    work = Path(next(word for word in words if not word.startswith(("--local_rank", _START))))
     dist.set_up_logging()
     outcome: dict[str, Any] = {"exit_code": EXIT_DONE}
     try:
@@ -222,8 +285,11 @@ def main(words: list[str]) -> int:
                    "remedy": "see the traceback above; the same command goes on from the last checkpoint"}  # fmt: skip
     file = work / _OUTCOMES / f"{dist.rank()}.json"
     aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
-    aside.replace(file)
+    try:
+        aside.write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
+        aside.replace(file)
+    except OSError as problem:  # a full disk, most likely: the terminal takes what it does not
+        dist.log.error("rank %d: %s; and %s", dist.rank(), outcome, problem)
     return EXIT_DONE if outcome["exit_code"] == EXIT_STOPPED else int(outcome["exit_code"])
 
 

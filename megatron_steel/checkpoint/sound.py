@@ -69,7 +69,7 @@ def _storages(tensors: "Iterable[torch.Tensor]") -> list[memoryview]:
 
     found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return [
-        memoryview(torch.tensor([], dtype=torch.uint8).set_(storage).numpy())
+        torch.tensor([], dtype=torch.uint8).set_(storage).numpy().data
         for storage in found.values() if storage.nbytes()
     ]  # fmt: skip
 

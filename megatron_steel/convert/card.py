@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel.convert import card_facts
-from megatron_steel.convert.checksums import SUMS
 from megatron_steel.data.chat_template import TRAINING_FILE
+from megatron_steel.data.checksums import SUMS
 from megatron_steel.errors import SteelError
 from megatron_steel.model.verdict import read_verdict, sees_future
 

@@ -92,8 +92,9 @@ def _write(
     """Fill and publish the folder; returns what to tell."""
     import torch  # takes seconds, while which `sources.find` hashes
 
-    from megatron_steel.convert import card, checksums, companions, names, padding, shards
+    from megatron_steel.convert import card, companions, names, padding, shards
     from megatron_steel.convert.verify import verify_export
+    from megatron_steel.data.checksums import write_checksums
 
     where, report = trained.checkpoint.path, trained.verdict
     if report is None and audit is not None and not trained.foreign:
@@ -121,7 +122,7 @@ def _write(
             write_verdict(folder, report)
         made = card.Made(config, blueprint.shapes, dtype, loader, rows, cut, difference, license_id, trained.notes)
         card.write_card(folder, target.name, trained.checkpoint, made)
-        checksums.write_checksums(folder)
+        write_checksums(folder)
     told = (
         f"{blueprint.architecture} of {trained.label}, {blueprint.parameters:,} parameters in {dtype}, "
         f"{len(files)} weight file{'s' if len(files) > 1 else ''}"

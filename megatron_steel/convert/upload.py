@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
-from megatron_steel.convert.checksums import SUMS
+from megatron_steel.data.checksums import SUMS
 
 
 def upload_commands(folder: str | os.PathLike[str], licensed: bool) -> str:

@@ -19,9 +19,9 @@ from megatron_steel import cli, preflight
 from megatron_steel.checkpoint import commit
 from megatron_steel.checkpoint.commit import Checkpoint
 from megatron_steel.convert import card, card_facts, names, padding, shards
-from megatron_steel.convert.checksums import SUMS, write_checksums
 from megatron_steel.convert.hf import export
 from megatron_steel.convert.upload import upload_commands
+from megatron_steel.data.checksums import SUMS, write_checksums
 from megatron_steel.data.segments import Member
 from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError

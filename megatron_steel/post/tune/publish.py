@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.checkpoint.commit import sync
-from megatron_steel.errors import SteelError
+from megatron_steel.data.checksums import write_checksums
 from megatron_steel.model.folder import refuse_outside
 from megatron_steel.post.tune import lora
 from megatron_steel.post.tune.plan import Plan
 from megatron_steel.post.tune.trainers import RESULT, WEIGHTS
+from megatron_steel.post.tune.writing import writing
 
 ADAPTER = "adapter"
 # Not copied: weights, and what speaks of them.
@@ -29,17 +30,13 @@ def publish(plan: Plan, work: Path, output: Path) -> None:
 
     Raises SteelError where the disk does not take it; then nothing has the final name.
     """
-    try:
+    with writing(work):
         if (work / WEIGHTS).is_dir():  # else it was killed between the last two lines
             _assemble(plan, work)
         for file in [*work.iterdir(), work]:
             sync(file)
         os.replace(work, output)
         sync(output.parent)
-    except OSError as error:
-        raise SteelError(
-            f"cannot write: {error.strerror or error}", work, "mend it and give the same command again"
-        ) from error
 
 
 def _assemble(plan: Plan, work: Path) -> None:
@@ -50,6 +47,7 @@ def _assemble(plan: Plan, work: Path) -> None:
     weights = _merged(plan, work, made) if plan.lora else work / WEIGHTS
     _cast(weights, made, _dtype_of(Path(plan.model)), _tied_names(work))
     copy_companions(Path(plan.model), made)
+    write_checksums(made)  # of the model alone
     for file in made.iterdir():
         place = work / file.name
         shutil.rmtree(place) if place.is_dir() else None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_steel import dist
 from megatron_steel.errors import SteelError
 
 ROLES = ("system", "user", "assistant")
@@ -45,7 +46,14 @@ def data_files(data: str) -> dict[str, Path]:
         raise SteelError(
             f"the folder has no {TRAIN}", path, "name a folder that `megatron-steel sft-data` wrote, or a jsonl file"
         )
+    if "heldout" in found and not _has_rows(found["heldout"]):
+        dist.log.warning("%s has no rows: nothing is held out", found.pop("heldout"))
     return found
+
+
+def _has_rows(file: Path) -> bool:
+    with open(file, "rb") as lines:
+        return any(line.strip() for line in lines)
 
 
 def read_rows(file: Path, kind: str) -> Iterator[dict[str, Any]]:
@@ -97,11 +105,12 @@ def _parsed(line: str) -> Any:
 
 def _conversation(row: Any) -> dict[str, Any]:
     messages = _turns(_column(row, "messages"), "messages")
-    replies = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+    replies = [(place, turn["content"]) for place, turn in enumerate(messages) if turn["role"] == "assistant"]
     if not replies:
         raise _Unfit("no assistant turn, so there is nothing to learn")
-    if not any(reply.strip() for reply in replies):
-        raise _Unfit("the assistant says nothing")
+    silent = next((place for place, reply in replies if not reply.strip()), None)
+    if silent is not None:  # its end mark would be learned: to answer nothing
+        raise _Unfit(f"the assistant says nothing in messages[{silent}]")
     return {"messages": messages}
 
 
@@ -138,8 +147,14 @@ def _turns(value: Any, column: str) -> list[dict[str, str]]:
         raise _Unfit(f"{column} is not a list of turns")
     turns = []
     for place, turn in enumerate(value):
+        if isinstance(turn, dict) and turn.get("tool_calls"):
+            raise _Unfit(f"{column}[{place}] calls tools, which is not learned")
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             raise _Unfit(f"{column}[{place}] is not {{role, content}} with text")
+        try:
+            turn["content"].encode()
+        except UnicodeEncodeError:
+            raise _Unfit(f"{column}[{place}] holds half a character (a lone surrogate)") from None
         role = turn.get("role")
         if role not in ROLES:
             raise _Unfit(f"{column}[{place}] has the unknown role {role!r} (known: {', '.join(ROLES)})")

@@ -7,6 +7,7 @@ option of the verb decides are refused. Must not know data, models or ranks.
 import argparse
 import difflib
 import math
+import re
 from typing import Any, NoReturn
 
 from megatron_steel.errors import SteelError
@@ -31,7 +32,8 @@ _OWNED = {
      "pad_token", "model_init_kwargs", "truncation_mode", "shuffle_dataset", "remove_unused_columns", "use_cpu", "fsdp",
      "fsdp_config", "parallelism_config", "push_to_hub", "auto_find_batch_size", "do_train", "do_eval", "do_predict",
      "average_tokens_across_devices", "dataset_num_proc", "ddp_backend", "run_name", "project", "use_liger_kernel",
-     "load_best_model_at_end", "save_only_model", "precompute_ref_log_probs", "sync_ref_model", "accelerator_config"),
+     "load_best_model_at_end", "save_only_model", "precompute_ref_log_probs", "sync_ref_model", "accelerator_config",
+     "report_to", "disable_tqdm", "dataloader_pin_memory", "dataloader_drop_last"),
     "this verb itself",
 )  # fmt: skip
 
@@ -58,7 +60,7 @@ def read_settings(kind: str, overrides: list[str]) -> dict[str, Any]:
                 values[key] = getattr(parser.parse_args([f"--{key}", *_words(parser, key, text)]), key)
             except _Refused as refused:
                 problems.append(f"{key}={text}: {refused}")
-    problems += _impossible(values)
+    problems += _impossible(values) + _unknown_losses(kind, values)
     if problems:
         raise SteelError("these settings cannot be used:" + "".join(f"\n    {problem}" for problem in problems), "command line",
                          f"keys are those of TRL's {_class_name(kind)}, as learning_rate=1e-5")  # fmt: skip
@@ -125,12 +127,31 @@ def _words(parser: argparse.ArgumentParser, key: str, text: str) -> list[str]:
 
 
 def _impossible(values: dict[str, Any]) -> list[str]:
-    least = {"learning_rate": 0, "num_train_epochs": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-             "warmup_steps": 0, "max_length": 8, "weight_decay": 0, "save_total_limit": 1}  # fmt: skip
+    least = {"learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "warmup_steps": 0,
+             "max_length": 8, "weight_decay": 0, "save_total_limit": 1}  # fmt: skip
     found = [
         f"{key}={values[key]} is below {smallest}"
         for key, smallest in least.items()
         if values.get(key) is not None and values[key] < smallest
     ]
-    return found + [f"{key}={values[key]} is no finite number" for key in ("learning_rate", "num_train_epochs")
-                    if not math.isfinite(values[key])]  # fmt: skip
+    above = ["beta"] if "beta" in values else []
+    above += [] if values["max_steps"] > 0 else ["num_train_epochs"]
+    found += [f"{key}={values[key]} is not above 0" for key in above if values[key] <= 0]
+    numbers = ((key, n) for key, value in values.items() for n in (value if isinstance(value, list) else [value]))
+    return found + [
+        f"{key}={n} is no finite number" for key, n in numbers if isinstance(n, float) and not math.isfinite(n)
+    ]
+
+
+def _unknown_losses(kind: str, values: dict[str, Any]) -> list[str]:
+    """TRL compares a loss of DPO with its list at the first step; here with the list in the field's own help."""
+    import dataclasses
+
+    import trl
+
+    if kind != "dpo" or "loss_type" not in values:
+        return []
+    field = next(field for field in dataclasses.fields(trl.DPOConfig) if field.name == "loss_type")
+    known = re.findall(r"`'(\w+)'`", field.metadata.get("help", ""))
+    unknown = [name for name in values["loss_type"] if known and name not in known]
+    return [f"loss_type={name} is not known (known: {', '.join(known)})" for name in unknown]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 from transformers.integrations import TensorBoardCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -26,12 +26,21 @@ from megatron_steel.post.tune import lora
 from megatron_steel.post.tune.batches import Collator, keep_apart
 from megatron_steel.post.tune.plan import STOP, WHOLE, Plan, newest_whole
 from megatron_steel.post.tune.settings import accumulation
+from megatron_steel.post.tune.writing import writing
 
 RESULT = "result.json"
 WEIGHTS = "weights"
 
 
-class Supervised(SFTTrainer):
+class _Saves:
+    """Names what the disk does not take of a checkpoint."""
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> Any:
+        with writing(self.args.output_dir):  # type: ignore[attr-defined]
+            return super()._save_checkpoint(*arguments, **named)  # type: ignore[misc]
+
+
+class Supervised(_Saves, SFTTrainer):
     """SFT whose held-out loss is the mean over all supervised tokens, on any number of ranks."""
 
     def evaluate(
@@ -52,7 +61,7 @@ class Supervised(SFTTrainer):
         return metrics
 
 
-class Preferences(DPOTrainer):
+class Preferences(_Saves, DPOTrainer):
     """DPO over `prompt_ids`, `chosen_ids`, `rejected_ids`."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -138,17 +147,21 @@ def _train(plan: Plan, work: Path, keeper: Keeper, ready: Callable[[Any], None])
     trainer = _trainer(plan, work, _arguments(plan, work, gpu), model, reference, tokenizer, [keeper])
     if dist.is_main():
         trainer.add_callback(_tensorboard(work, resume))
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with writing(work, whole=False):  # the curves
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     state = trainer.state
     if keeper.stopped and state.global_step < state.max_steps:
         raise Stopped(
             f"stopped on request at step {state.global_step} of {state.max_steps}; the same command goes on from there"
         )
-    trainer.save_model(str(work / WEIGHTS))  # collective: ZeRO-3 gathers
-    if dist.is_main():
-        tied = list(getattr(model, "all_tied_weights_keys", None) or {})  # none where they are not tied
-        result = {"steps": state.global_step, "tied": tied, "log": state.log_history}
-        (work / RESULT).write_text(json.dumps(result), encoding="utf-8")
+    with writing(work):
+        trainer.save_model(str(work / WEIGHTS))  # collective: ZeRO-3 gathers
+        if dist.is_main():
+            tied = list(getattr(model, "all_tied_weights_keys", None) or {})  # none where they are not tied
+            result = {"steps": state.global_step, "tied": tied, "log": state.log_history}
+            aside = work / f"{RESULT}.partial"
+            aside.write_text(json.dumps(result), encoding="utf-8")
+            aside.replace(work / RESULT)
     dist.barrier()
 
 
@@ -156,6 +169,9 @@ def _arguments(plan: Plan, work: Path, gpu: bool) -> dict[str, Any]:
     """Of SFTConfig or DPOConfig."""
     given = {key: value for key, value in plan.settings.items() if key != "max_length"}
     micro = given["per_device_train_batch_size"]
+    if given.get("activation_offloading") and not gpu:
+        what = "activation_offloading moves what a GPU holds to the CPU, and there is no GPU"
+        raise SteelError(what, "command line", "leave activation_offloading out")
     fixed: dict[str, Any] = {
         "output_dir": str(work / "checkpoints"),
         "gradient_accumulation_steps": accumulation(plan.global_batch, micro, plan.ranks),
@@ -213,6 +229,7 @@ def _trainer(
     shared: dict[str, Any] = {"train_dataset": rows["train"], "eval_dataset": rows.get("heldout"), "processing_class": tokenizer,
                               "callbacks": callbacks, "peft_config": lora.config(model, plan.lora) if plan.lora else None}  # fmt: skip
     try:
+        _require_schedule(plan)
         if plan.kind == "dpo":
             return Preferences(model, reference, DPOConfig(**arguments), **shared)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -221,6 +238,13 @@ def _trainer(
     except (ValueError, TypeError, ImportError) as error:  # settings that exclude each other
         what = f"TRL refuses these settings: {type(error).__name__}: {error}"
         raise SteelError(what, "command line", "change the key=value words, or leave them out") from error
+
+
+def _require_schedule(plan: Plan) -> None:
+    """Raise ValueError or TypeError for a schedule that cannot be made; Trainer makes it only when it trains."""
+    given = plan.settings.get("lr_scheduler_kwargs")
+    get_scheduler(plan.settings["lr_scheduler_type"], torch.optim.SGD([torch.zeros(1)], lr=1.0), plan.counts["warm_up"],
+                  plan.counts["steps"], given)  # fmt: skip
 
 
 def _tensorboard(work: Path, resume: Path | None) -> TensorBoardCallback:

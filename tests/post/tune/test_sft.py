@@ -22,6 +22,7 @@ from tiny_tuning import (
     write_tiny,
 )
 
+from megatron_steel.data.reserve import sha256
 from megatron_steel.errors import EXIT_BAD_INPUT, EXIT_STOPPED
 
 ROWS = 12
@@ -59,6 +60,11 @@ def test_the_output_is_a_model_like_the_one_that_was_tuned(tuned, model):
     assert weights(out).keys() == weights(Path(model)).keys()
     assert farthest(weights(out), weights(Path(model))) > 1e-3
     assert not (out / "tokens").exists()
+    sums_of = [line.split("  ") for line in (out / "SHA256SUMS").read_text().splitlines()]
+    assert {name: digest for digest, name in sums_of} == {
+        name: sha256(out / name)
+        for name in [file.name for file in Path(model).iterdir() if file.name not in ("README.md", "SHA256SUMS")]
+    }
 
 
 def test_transformers_and_the_verbs_read_it(tuned, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from tiny_tuning import conversation, preferences, run, sums, write_rows, write_
 from megatron_steel.errors import EXIT_BAD_INPUT, SteelError
 from megatron_steel.post.tune import settings
 from megatron_steel.post.tune.lora import read_lora
-from megatron_steel.post.tune.rows import read_rows
+from megatron_steel.post.tune.rows import data_files, read_rows
 
 GOOD = conversation("a", "b")
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -39,7 +39,12 @@ def refused(tmp_path, capsys):
     [
         ("sft", {"messages": [{"role": "function", "content": "x"}, A]}, r"line 2: messages\[0\] has the unknown role 'function' (known: system, user, assistant)"),
         ("sft", {"messages": [U]}, "no assistant turn"),
-        ("sft", {"messages": [U, {"role": "assistant", "content": " \n"}]}, "the assistant says nothing"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": " \n"}]}, "the assistant says nothing in messages[1]"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": ""}, U, A]}, "the assistant says nothing in messages[1]"),
+        ("sft", {"messages": [U, A, U, {**A, "tool_calls": [{"name": "f"}]}]}, "messages[3] calls tools, which is not learned"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, A]}, "messages[1] calls tools"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": "\ud83d"}]}, "messages[1] holds half a character"),
+        ("dpo", {"prompt": [{"role": "user", "content": "x\ude00"}], "chosen": [A], "rejected": [U]}, "prompt[0] holds half a character"),
         ("sft", {"messages": [U, {"role": "system", "content": "s"}, A]}, r"messages\[1\] is a system turn that is not the first"),
         ("sft", {"messages": [U, {"role": "assistant", "content": None}]}, r"messages\[1\] is not {role, content} with text"),
         ("sft", {"messages": []}, "messages is not a list of turns"),
@@ -59,7 +64,7 @@ def refused(tmp_path, capsys):
 def test_a_row_that_cannot_be_trained_on_is_named(kind, row, named, tmp_path):
     good = GOOD if kind == "sft" else preferences(1)[0]
     file = tmp_path / "rows.jsonl"
-    write_rows(file, [good, row, good, row])
+    file.write_text("".join(json.dumps(each) + "\n" for each in (good, row, good, row)))
     with pytest.raises(SteelError) as caught:
         list(read_rows(file, kind))
     assert "2 of 4 rows cannot be trained on" in str(caught.value)
@@ -100,6 +105,54 @@ def test_the_recipes_of_the_paper_are_the_defaults():
     assert [dpo[key] for key in ("learning_rate", "num_train_epochs", "beta")] == [5e-6, 3, 0.1]
     assert settings.GLOBAL_BATCH == {"sft": 256, "dpo": 128}
     assert settings.read_settings("dpo", ["beta=0.3", "loss_type=ipo,sigmoid"])["loss_type"] == ["ipo", "sigmoid"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "named"),
+    [
+        ("sft", ["num_train_epochs=0"], "num_train_epochs=0.0 is not above 0"),
+        ("sft", ["num_train_epochs=nan", "max_steps=3"], "num_train_epochs=nan is no finite number"),
+        ("sft", ["weight_decay=inf"], "weight_decay=inf is no finite number"),
+        ("sft", ["max_grad_norm=nan"], "max_grad_norm=nan is no finite number"),
+        ("sft", ["report_to=wandb"], "report_to is decided by this verb itself"),
+        ("sft", ["dataloader_drop_last=true"], "dataloader_drop_last is decided by this verb itself"),
+        ("dpo", ["beta=0"], "beta=0.0 is not above 0"),
+        ("dpo", ["loss_type=ipo,sigmoyd"], "loss_type=sigmoyd is not known (known: sigmoid, hinge, ipo,"),
+        ("dpo", ["loss_weights=1,nan"], "loss_weights=nan is no finite number"),
+    ],
+)
+def test_what_cannot_train_is_no_setting(kind, words, named):
+    with pytest.raises(SteelError) as caught:
+        settings.read_settings(kind, words)
+    assert named in str(caught.value)
+
+
+def test_steps_need_no_epochs():
+    assert settings.read_settings("sft", ["num_train_epochs=0", "max_steps=3"])["max_steps"] == 3
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_training_decides_is_no_setting(kind, gpu, tmp_path):
+    from megatron_steel.post.tune.plan import Plan
+    from megatron_steel.post.tune.trainers import _arguments
+
+    plan = Plan(kind, "model", False, settings.read_settings(kind, []), 8, 1, None, None, False, {})
+    made = _arguments(plan, tmp_path, gpu)
+    decided = {key for key, value in made.items() if plan.settings.get(key, made) != value} - {"bf16"}
+    assert len(decided) > 5
+    assert decided <= settings._OWNED.keys()
+
+
+def test_activations_cannot_leave_a_gpu_that_is_not_there(tmp_path):
+    from megatron_steel.post.tune.plan import Plan
+    from megatron_steel.post.tune.trainers import _arguments
+
+    values = settings.read_settings("sft", ["activation_offloading=true"])
+    plan = Plan("sft", "model", False, values, 8, 1, None, None, False, {})
+    assert _arguments(plan, tmp_path, gpu=True)["activation_offloading"]
+    with pytest.raises(SteelError, match="there is no GPU"):
+        _arguments(plan, tmp_path, gpu=False)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +203,19 @@ def test_bad_models_data_and_outputs_are_named(letters, refused, tmp_path):
     assert "there is no DeepSpeed file" in refused("sft", letters, rows, "--deepspeed", "zero9.json")
     assert "these rows are conversations" in refused("dpo", letters, rows)
     assert "TRL refuses these settings" in refused("sft", letters, rows, "eval_strategy=steps")  # nothing is held out
+    assert "TRL refuses these settings" in refused("sft", letters, rows, 'lr_scheduler_kwargs={"cycles": 1}')
+
+
+def test_an_empty_file_of_held_out_rows_is_left_out(letters, tmp_path, capsys):
+    write_rows(tmp_path / "data" / "train.jsonl", sums(2))
+    (tmp_path / "data" / "heldout.jsonl").write_text("\n\n")
+    words = ["--global-batch-size=8", "max_steps=1", "--output", tmp_path / "out"]
+    assert run("sft", letters, tmp_path / "data", *words) == 0
+    said = capsys.readouterr()
+    assert "heldout.jsonl has no rows: nothing is held out" in said.err
+    assert "held out" not in said.out
+    write_rows(tmp_path / "data" / "heldout.jsonl", sums(1))
+    assert data_files(str(tmp_path / "data")).keys() == {"train", "heldout"}
 
 
 def test_an_output_that_holds_something_else_is_left_alone(letters, tmp_path, capsys):
