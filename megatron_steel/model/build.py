@@ -130,11 +130,25 @@ def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:
             f"did you mean {near[0]}?" if near else f"see the fields of {cls.__name__}",
         )
     try:
-        return cls(**fields)
+        config = cls(**fields)
     except Exception as error:  # transformers' own validation raises several classes; all are the user's values
         field = str(error).split(":")[0]
         where = f"model.config.{field}" if field in known else "model.config"
         raise SteelError(f"{cls.__name__} refuses these values: {error}", where, "mend the value") from error
+    _require_heard(config, fields)
+    return config
+
+
+def _require_heard(config: PretrainedConfig, fields: dict[str, Any]) -> None:
+    """Raise SteelError for an older rotary field that this class of transformers 5 takes and does not use."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    for name in {"rope_theta", "partial_rotary_factor"} & set(fields):
+        if all(kind.get(name) != fields[name] for kind in kinds):
+            raise SteelError(f"{type(config).__name__} takes {name} and does not use it", f"model.config.{name}",
+                             f"set model.config.rope_parameters instead; its default: {json.dumps(rope)}")  # fmt: skip
 
 
 def _config_class(name: str) -> type[PretrainedConfig]:

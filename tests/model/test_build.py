@@ -177,3 +177,19 @@ def test_two_matrices_cannot_start_a_tied_model(tmp_path):
     tied = build_config(Model(type="llama", config={**sizes, "tie_word_embeddings": True}))
     with pytest.raises(SteelError, match="two different matrices"):
         build_model(tied, 1, init_from=str(tmp_path))
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "partial_rotary_factor"])
+def test_a_rotary_field_that_the_class_would_not_use_is_refused(field):
+    neox = {**STEEL, field: 0.125}
+    with pytest.raises(
+        SteelError, match=rf"GPTNeoXConfig takes {field} and does not use it\n.*model.config.{field}\n.*rope_parameters"
+    ):
+        build_config(Model(type="gpt_neox", config=neox))
+    told = {"rope_theta": 5000.0, "partial_rotary_factor": 0.5, "rope_type": "default"}
+    config = build_config(Model(type="gpt_neox", config={**STEEL, "rope_parameters": told}))
+    assert config.rope_parameters == told
+    assert (
+        build_config(Model(type="llama", config={**LLAMA, "rope_theta": 5000.0})).rope_parameters["rope_theta"]
+        == 5000.0
+    )
