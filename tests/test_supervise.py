@@ -3,7 +3,7 @@
 import os
 
 from megatron_steel import cli
-from megatron_steel.supervise import Supervisor, _ranks
+from megatron_steel.supervise import Supervisor, ranks_options
 from megatron_steel.train.report import Report, ask_to_stop, read_all
 
 
@@ -44,5 +44,5 @@ def test_a_stop_that_cannot_be_written_is_told_otherwise(tmp_path, caplog):
 
 def test_without_gpus_the_number_of_ranks_is_the_launchers(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert _ranks(3, nodes=False) == ["--num_gpus", "3"]
-    assert _ranks(None, nodes=False) == []
+    assert ranks_options(3, nodes=False) == ["--num_gpus", "3"]
+    assert ranks_options(None, nodes=False) == []
