@@ -34,9 +34,9 @@ from megatron_steel.errors import (
     Stopped,
     TrainingError,
 )
+from megatron_steel.signals import stop_signals
 from megatron_steel.train import report
 from megatron_steel.train.outcome import Outcome, judge
-from megatron_steel.train.watch import stop_signals
 
 HISTORY = "launches.jsonl"
 _SAME_FAILURES = 3

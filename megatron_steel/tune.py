@@ -32,6 +32,7 @@ from megatron_steel.errors import (
     StoppedEarly,
     TrainingError,
 )
+from megatron_steel.signals import stop_signals
 
 _MODULE = "megatron_steel.tune"
 _OUTCOMES = "outcomes"
@@ -43,8 +44,6 @@ _LEFT_END_IN = 120.0  # seconds for ranks that lost their launcher to save and l
 @contextlib.contextmanager
 def _leaves_when_asked() -> Iterator[None]:
     """A signal to stop ends what trains nothing: reading, tokenizing, publishing. Training has handlers of its own."""
-    from megatron_steel.train.watch import stop_signals
-
     asked: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -159,7 +158,6 @@ def _train_here(work: Path) -> None:
 def _launch(ranks: int, work: Path) -> None:
     """Start the ranks and wait for them; raises how they ended."""
     from megatron_steel.post.tune.plan import STOP
-    from megatron_steel.train.watch import stop_signals
 
     outcomes = work / _OUTCOMES
     outcomes.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_steel"
 LAYER = {
-    "errors": 0, "recipe": 0, "dist": 0,
+    "errors": 0, "recipe": 0, "dist": 0, "signals": 0,
     "data": 1, "model": 1, "checkpoint": 1,
     "train": 2, "convert": 2, "post": 2,
     "plan": 3, "audit": 3, "audit_probe": 3, "audit_replay": 3, "audit_figures": 3, "audit_picture": 3, "preflight": 3,

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from megatron_steel import dist
 from megatron_steel.errors import EXIT_INTERNAL, EXIT_STOPPED
+from megatron_steel.signals import SIGNALS
 from megatron_steel.train.hang import STACKS_SIGNAL, Stacks
 from megatron_steel.train.kin import Kin
 from megatron_steel.train.report import Report
-from megatron_steel.train.watch import SIGNALS, Phase, Watch
+from megatron_steel.train.watch import Phase, Watch
 
 _LOOK_EVERY = 0.5  # seconds
 _STARTING_ENDS_IN = 3.0  # the main thread leaves by itself unless a library holds it

@@ -15,14 +15,9 @@ from types import FrameType
 
 from megatron_steel import dist
 from megatron_steel.errors import Stopped, StoppedEarly, TrainingError
+from megatron_steel.signals import stop_signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SKIPS_IN_A_ROW = 10
-
-
-def stop_signals() -> list[signal.Signals]:
-    """Signals that ask this process to stop: a closed terminal (SIGHUP) too, unless `nohup` has said otherwise."""
-    return [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class Phase(enum.Enum):

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from megatron_steel.errors import Stopped, StoppedEarly
-from megatron_steel.train.watch import SIGNALS, Phase, Watch, stop_signals
+from megatron_steel.signals import SIGNALS, stop_signals
+from megatron_steel.train.watch import Phase, Watch
 
 
 @pytest.fixture

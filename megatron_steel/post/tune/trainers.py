@@ -27,6 +27,7 @@ from megatron_steel.post.tune.batches import Collator, keep_apart
 from megatron_steel.post.tune.plan import STOP, WHOLE, Plan, newest_whole
 from megatron_steel.post.tune.settings import accumulation
 from megatron_steel.post.tune.writing import writing
+from megatron_steel.signals import stop_signals
 
 RESULT = "result.json"
 WEIGHTS = "weights"
@@ -120,8 +121,7 @@ def train(work: Path, ready: Callable[[Any], None] = lambda model: None) -> None
     """
     plan = Plan.read(work)
     keeper = Keeper(work, plan.starter)
-    asking = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    handlers = {number: signal.signal(number, keeper.ask) for number in asking}
+    handlers = {number: signal.signal(number, keeper.ask) for number in stop_signals()}
     try:
         _train(plan, work, keeper, ready)
     finally:

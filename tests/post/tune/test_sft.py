@@ -112,7 +112,8 @@ def test_the_same_command_again_finds_it_complete_and_another_is_refused(tuned, 
     assert "was begun as another run:\n    learning_rate: 0.003, now 0.001" in capsys.readouterr().err
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(model, tmp_path, capsys):
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(asked, model, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", sums(ROWS))
     words = ["sft", model, rows, *SETTINGS, "max_steps=10", "save_steps=2", "gradient_checkpointing=false"]
     assert run(*words, "--output", tmp_path / "straight") == 0
@@ -120,7 +121,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(model, tmp_path, capsys
     def stop() -> None:
         while not list((tmp_path / "out.partial" / "checkpoints").glob("*/whole")):
             time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), asked)
 
     thread = threading.Thread(target=stop, daemon=True)
     thread.start()
