@@ -165,10 +165,8 @@ def _samples_read(manifest: dict[str, Any]) -> dict[str, int]:
 
     try:
         order = from_json(manifest["order"], "manifest")
-        length = {segment.sequence_length for segment in order.segments}.pop()
+        (length,) = {segment.sequence_length for segment in order.segments}
         drawn = order.drawn_before(order.next_sample)
-        if len({segment.sequence_length for segment in order.segments}) > 1:
-            return {}
         tokens = {entry["digest"]: entry["tokens"] for entry in manifest["data"]}
         return {d: drawn[d][0] * blocks(count, length) + drawn[d][1] for d, count in tokens.items() if d in drawn}
     except (KeyError, ValueError, TypeError, IndexError, SteelError):

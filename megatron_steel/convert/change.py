@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GENERATION = "generation_config.json"
 _AT_ONCE = 1 << 24
-"""Numbers looked at together: the masks of a whole matrix would double what is in memory."""
+"""Numbers looked at together: eight-bit ones are widened for it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Change:
     def shapes(self, weights: Weights) -> dict[str, tuple[int, ...]]:
         """Of every new tensor."""
         return {new: self._shape(old, weights.shapes[old]) for old, names in self.names.items() for new in names}
+
+    def dtypes(self, weights: Weights) -> "dict[str, torch.dtype]":
+        """Of every new tensor: as on disk."""
+        import torch
+
+        return {new: getattr(torch, weights.dtypes[old]) for old, names in self.names.items() for new in names}
 
     def stream(self, weights: Weights) -> "Iterator[tuple[str, torch.Tensor]]":
         """Every new (name, tensor). Raises SteelError where a number is not finite."""
@@ -59,10 +65,10 @@ class Change:
 
 def require_finite(name: str, tensor: "torch.Tensor", folder: Path) -> None:
     """Raise SteelError where a number is not."""
-    for piece in tensor.flatten().split(_AT_ONCE):
-        wide = piece.float() if piece.element_size() == 1 else piece  # torch cannot ask eight bits
-        if not bool(wide.isfinite().all()):
-            raise SteelError(f"{name} holds numbers that are not finite", folder, "fetch the weights again")
+    from megatron_steel.convert.shards import is_finite
+
+    if not all(is_finite(piece) for piece in tensor.flatten().split(_AT_ONCE)):
+        raise SteelError(f"{name} holds numbers that are not finite", folder, "fetch the weights again")
 
 
 def write_changed(
@@ -111,7 +117,8 @@ def write_weights(source: Published, change: Change, aside: Path) -> None:
 
     from megatron_steel.convert.shards import write_shards
 
-    write_shards(change.stream(source.weights), change.shapes(source.weights), aside, None, source.folder)
+    weights = source.weights
+    write_shards(change.stream(weights), change.shapes(weights), aside, change.dtypes(weights), source.folder)
     written = Weights(aside)
     for name, tensor in change.stream(source.weights):
         if not (written[name].dtype == tensor.dtype and torch.equal(written[name], tensor)):

@@ -28,26 +28,13 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2_000_000_000
 INDEX = "model.safetensors.index.json"
 _PIECE = 1 << 20  # values that are converted at a time: they stay in the processor's cache
-# As safetensors calls dtypes, in the order in which it lays tensors into a file.
-_CODES = (
-    "U64",
-    "I64",
-    "F64",
-    "F32",
-    "U32",
-    "I32",
-    "BF16",
-    "F16",
-    "U16",
-    "I16",
-    "F8_E4M3",
-    "F8_E5M2",
-    "I8",
-    "U8",
-    "BOOL",
-)
-_NAMES = ("uint64", "int64", "float64", "float32", "uint32", "int32", "bfloat16", "float16", "uint16", "int16",
-          "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool")  # fmt: skip
+_CODES = {
+    "uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "uint32": "U32", "int32": "I32", "bfloat16": "BF16",
+    "float16": "F16", "uint16": "U16", "int16": "I16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8": "I8",
+    "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""torch's dtypes as safetensors calls them, in the order in which it lays tensors into a file."""
+_ORDER = list(_CODES)
 
 
 @dataclass(frozen=True)
@@ -84,16 +71,10 @@ def write_shards(
     weights: Iterable[tuple[str, torch.Tensor]],
     shapes: dict[str, tuple[int, ...]],
     folder: Path,
-    dtype: str | None,
+    dtypes: Mapping[str, torch.dtype],
     where: Path,
 ) -> list[Path]:
-    """`write_pieces` for whole tensors. With `dtype` None each keeps its own, and all are held at once (mapped, they cost
-    nothing)."""
-    if dtype is None:
-        weights = list(weights)
-        dtypes = {name: tensor.dtype for name, tensor in weights}
-    else:
-        dtypes = dict.fromkeys(shapes, getattr(torch, dtype))
+    """`write_pieces` for whole tensors."""
     pieces = ((name, Weight(tuple(tensor.shape), (tensor.reshape(-1),))) for name, tensor in weights)
     return write_pieces(pieces, shapes, folder, dtypes, where)
 
@@ -147,19 +128,20 @@ def converted(name: str, pieces: Iterable[torch.Tensor], dtype: torch.dtype, whe
     for flat in pieces:
         for piece in flat.split(_PIECE):
             narrow = room[: piece.numel()].copy_(piece)
-            if dtype.is_floating_point and not _is_finite(narrow):
+            if dtype.is_floating_point and not is_finite(narrow):
                 _refuse(name, piece, dtype, where)
             yield narrow
 
 
-def _is_finite(values: torch.Tensor) -> bool:
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether all numbers are, without a mask of them."""
     if values.dtype.itemsize == 1:
         values = values.float()  # torch compares none of the eight-bit kinds
     return values.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(values))  # NaN is both ends
 
 
 def _refuse(name: str, piece: torch.Tensor, dtype: torch.dtype, where: Path) -> None:
-    if not _is_finite(piece):
+    if not is_finite(piece):
         raise SteelError(f"{name} holds numbers that are not finite", where, "export an earlier checkpoint")
     what = f"{name} holds {float(piece.abs().max()):.3g}, which {_name_of(dtype)} cannot hold"
     raise SteelError(what, where, "export with --dtype bfloat16")
@@ -205,7 +187,7 @@ def _layout(shapes: dict[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype
     layout = []
     for names in shards:
         at, tensors = 0, {}
-        for name in sorted(names, key=lambda name: (_NAMES.index(_name_of(dtypes[name])), name)):
+        for name in sorted(names, key=lambda name: (_ORDER.index(_name_of(dtypes[name])), name)):
             tensors[name] = at
             at += _bytes(shapes[name], dtypes[name])
         layout.append(tensors)
@@ -218,7 +200,7 @@ def _write_header(
     """Make a file with its header; the values are still to come. Returns where they begin."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, at in tensors.items():
-        code = _CODES[_NAMES.index(_name_of(dtypes[name]))]
+        code = _CODES[_name_of(dtypes[name])]
         end = at + _bytes(shapes[name], dtypes[name])
         header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [at, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

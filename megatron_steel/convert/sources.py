@@ -87,9 +87,11 @@ def find(source: Path, model: Path | None = None, average: int = 1, tokenizer: P
         find_checkpoint(source)  # raises
     if average > 1:
         return _mean_of_run(source, average, tokenizer)
+    import torch  # noqa: F401  (here: two threads that import parts of one library may meet half-made modules)
+
     with ThreadPoolExecutor(1) as aside:
         finding = aside.submit(find_checkpoint, source)
-        import megatron_steel.model.build  # noqa: F401  (takes as long as hashing, which needs no interpreter)
+        import megatron_steel.model.build  # noqa: F401  (takes as long as summing, which needs no interpreter)
 
         return of_checkpoint(finding.result(), tokenizer)
 

@@ -336,7 +336,7 @@ def test_what_is_no_run_what_has_no_checkpoint_and_what_cannot_be_written(run, t
 def test_numbers_that_do_not_fit_are_named(value, why, tmp_path):
     weights = [("head.weight", torch.full((2, 2), value))]
     with pytest.raises(SteelError, match=rf"head\.weight .*{why}"):
-        shards.write_shards(weights, {"head.weight": (2, 2)}, tmp_path, "float16", tmp_path)
+        shards.write_shards(weights, {"head.weight": (2, 2)}, tmp_path, {"head.weight": torch.float16}, tmp_path)
 
 
 def _steps(run: Path, steps: list[int]) -> list[dict[str, torch.Tensor]]:

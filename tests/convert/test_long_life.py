@@ -174,7 +174,9 @@ def families(tmp_path_factory):
             torch.save({"ids": ids, "logits": model(ids, use_cache=False).logits}, f"{folder}.pt")
         held = {key: value for key, value in model.state_dict().items() if key in blueprint.shapes}
         shapes = dict(names.published(model_type, blueprint.shapes.items()))
-        shards.write_shards(names.published(model_type, held.items()), shapes, folder, "float32", folder)
+        shards.write_shards(
+            names.published(model_type, held.items()), shapes, folder, dict.fromkeys(shapes, torch.float32), folder
+        )
         companions.write_companions(folder, config, blueprint.architecture, "float32", tokenizer, root / "tokenizer")
     return root / "models"
 

@@ -36,7 +36,9 @@ def _same_bytes(folder, tensors):
 
 
 def test_a_file_of_every_dtype_is_the_librarys_and_reads_back(tmp_path):
-    (file,) = shards.write_shards(reversed(MIXED.items()), _shapes(MIXED), tmp_path, None, tmp_path)
+    (file,) = shards.write_shards(
+        reversed(MIXED.items()), _shapes(MIXED), tmp_path, {n: t.dtype for n, t in MIXED.items()}, tmp_path
+    )
     assert _same_bytes(tmp_path, MIXED)
     for name, tensor in load_file(file).items():
         assert tensor.dtype == MIXED[name].dtype
@@ -59,7 +61,9 @@ def test_pieces_of_any_length_in_any_order_give_the_same_file(dtype, piece, tmp_
 def test_shards_are_cut_in_the_models_order_and_indexed(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     tensors = {name: torch.randn(10, generator=GENERATOR) for name in "edcba"}
-    files = shards.write_shards(reversed(tensors.items()), _shapes(tensors), tmp_path, "float32", tmp_path)
+    files = shards.write_shards(
+        reversed(tensors.items()), _shapes(tensors), tmp_path, dict.fromkeys(tensors, torch.float32), tmp_path
+    )
     assert [file.name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     held = []
     for file in files:
@@ -77,14 +81,14 @@ def test_every_16_bit_number_is_rounded_as_torch_rounds_and_what_is_none_is_refu
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
     numbers = torch.cat([((bits << 16) + low).view(torch.float32) for low in (0, 0x7FFF, 0x8000, 0x8001)])
     numbers = numbers[numbers.bfloat16().isfinite()]
-    shards.write_shards([("w", numbers)], {"w": tuple(numbers.shape)}, tmp_path, "bfloat16", tmp_path)
+    shards.write_shards([("w", numbers)], {"w": tuple(numbers.shape)}, tmp_path, {"w": torch.bfloat16}, tmp_path)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], numbers.bfloat16())
     for bad in (float("nan"), float("inf"), -float("inf")):
         for place in (0, 3_000_000):
             tensor = torch.zeros(3_000_001)
             tensor[place] = bad
             with pytest.raises(SteelError, match="w holds numbers that are not finite"):
-                shards.write_shards([("w", tensor)], {"w": (3_000_001,)}, tmp_path, "float16", tmp_path)
+                shards.write_shards([("w", tensor)], {"w": (3_000_001,)}, tmp_path, {"w": torch.float16}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,11 @@ def test_every_16_bit_number_is_rounded_as_torch_rounds_and_what_is_none_is_refu
 def test_names_that_are_not_the_models_are_named(names, says, tmp_path):
     with pytest.raises(SteelError, match=says):
         shards.write_shards(
-            [(n, torch.ones(2)) for n in names], {"a.w": (2,), "b.w": (2,)}, tmp_path, "float32", tmp_path
+            [(n, torch.ones(2)) for n in names],
+            {"a.w": (2,), "b.w": (2,)},
+            tmp_path,
+            dict.fromkeys(("a.w", "b.w"), torch.float32),
+            tmp_path,
         )
 
 
