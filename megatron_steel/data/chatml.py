@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_steel.errors import SteelError
 
@@ -76,6 +77,12 @@ def harmless(control: Iterable[str]) -> Callable[[str], tuple[str, int]]:
     return clean if pieces else lambda text: (text, 0)
 
 
+def special_strings(tokenizer: Any) -> list[str]:
+    """What a transformers tokenizer takes for its own inside of a text, each once."""
+    added = tokenizer.added_tokens_decoder.values()
+    return list(dict.fromkeys([*(token.content for token in added if token.special), *tokenizer.all_special_tokens]))
+
+
 def _of_tokenizer(path: Path) -> Format:
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
@@ -87,7 +94,6 @@ def _of_tokenizer(path: Path) -> Format:
     except Exception as error:  # whatever a broken folder makes it raise
         what = f"transformers cannot load this tokenizer: {type(error).__name__}: {error}"
         raise SteelError(what, path, "give a folder with tokenizer.json or the files of its class") from None
-    special = [token.content for token in hf.added_tokens_decoder.values() if token.special]
     late = {i for i, token in hf.added_tokens_decoder.items() if token.special and token.normalized}
     late -= {hf.unk_token_id}
 
@@ -105,5 +111,5 @@ def _of_tokenizer(path: Path) -> Format:
         closed = text.removesuffix("\n")
         return closed.removesuffix(hf.eos_token) if hf.eos_token and closed.endswith(hf.eos_token) else text
 
-    control = tuple(dict.fromkeys([*CONTROL, *special, *hf.all_special_tokens]))
+    control = tuple(dict.fromkeys([*CONTROL, *special_strings(hf)]))
     return Format(path.resolve().name, control, render, forged)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_steel.data.chatml import Turns, harmless
+from megatron_steel.data.chatml import Turns, harmless, special_strings
 from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.errors import SteelError
 from megatron_steel.post.load import template_tokenizer
@@ -30,9 +30,7 @@ class Template:
         if self._hf is None or not self._hf.chat_template:
             raise SteelError("the tokenizer has no chat template", path,
                              "name the exported model's folder: its template is the one that training uses")  # fmt: skip
-        added = self._hf.added_tokens_decoder.values()
-        special = [token.content for token in added if token.special] + self._hf.all_special_tokens
-        self.harmless = harmless(dict.fromkeys(special))
+        self.harmless = harmless(special_strings(self._hf))
         self.facts = self._tokenizer.facts()
 
     def render(self, turns: Turns) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post.tune.mask import IGNORE
+from megatron_steel.model.head import IGNORE
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megatron_steel.data.chat_template import training_template_of
-from megatron_steel.data.chatml import harmless
+from megatron_steel.data.chatml import harmless, special_strings
 from megatron_steel.errors import SteelError
+from megatron_steel.model.head import IGNORE
 
-IGNORE = -100
 Messages = list[dict[str, str]]
 _PROBE: Messages = [{"role": role, "content": text} for role, text in
                     (("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"))]  # fmt: skip
@@ -48,9 +48,7 @@ class Supervision:
                              "assistant says", where, "add {% generation %} and {% endgeneration %} around the assistant's words there")  # fmt: skip
         self._template: str = template
         self._checks = template != tokenizer.chat_template
-        added = tokenizer.added_tokens_decoder.values()
-        special = [token.content for token in added if token.special] + tokenizer.all_special_tokens
-        self._harmless = harmless(dict.fromkeys(special))
+        self._harmless = harmless(special_strings(tokenizer))
         self.forged = 0
         """Control strings that stood in a text and were broken up, as `sft-data` does."""
         self._require_end_marks()

@@ -19,7 +19,7 @@ from megatron_steel.errors import SteelError
 FILE = "run.json"
 WHOLE = "whole"
 STOP = "stop"  # a file of this name in the work folder asks every rank to save and leave
-# What may differ when a run goes on: how its steps are cut, what was found in the data, and who started it.
+# What may differ when a run goes on: what was found in model and data, and who started it.
 _FREE = ("counts", "starter")
 
 

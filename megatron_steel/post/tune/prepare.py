@@ -126,7 +126,7 @@ def _facts(plan: Plan, model: Path) -> dict[str, Any]:
             "less than the loss says, and its replies are written without what training showed it",
             getattr(text, "FFN_type", "its audit says so"),
         )
-    hollow = _hollow(config, plan.trust_code)
+    hollow = _hollow(config)
     if plan.packing:
         keep_apart(hollow)
     facts = {"parameters": hollow.num_parameters(), "max_length_asked": plan.settings["max_length"]}
@@ -140,22 +140,18 @@ def _facts(plan: Plan, model: Path) -> dict[str, Any]:
     return facts | {"reach": getattr(text, "max_position_embeddings", None)}
 
 
-def _hollow(config: Any, trust_code: bool) -> Any:
+def _hollow(config: Any) -> Any:
     """The model without weights."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from megatron_steel.model.configuration_steel import SteelConfig
-    from megatron_steel.model.modeling_steel import SteelForCausalLM
+    from megatron_steel.model.build import construct
 
-    with torch.device("meta"):
-        if isinstance(config, SteelConfig):
-            return SteelForCausalLM(config)
-        try:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_code)
-        except (ValueError, ImportError, OSError) as error:
-            raise SteelError(f"this is no causal language model: {error}", "MODEL_DIR",
-                             "name a folder that `megatron-steel export` wrote") from error  # fmt: skip
+    try:
+        with torch.device("meta"):
+            return construct(config, torch.float32)
+    except (ValueError, ImportError, OSError) as error:
+        raise SteelError(f"this is no causal language model: {error}", "MODEL_DIR",
+                         "name a folder that `megatron-steel export` wrote") from error  # fmt: skip
 
 
 def _tokenize(plan: Plan, files: dict[str, Path], work: Path) -> Plan:

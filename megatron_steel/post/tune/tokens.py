@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.errors import SteelError
-from megatron_steel.post.tune.mask import IGNORE, Supervision, prompt_and_reply
+from megatron_steel.model.head import IGNORE
+from megatron_steel.post.tune.mask import Supervision, prompt_and_reply
 from megatron_steel.post.tune.rows import read_rows
 
 _BATCH = 500
