@@ -124,7 +124,8 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     monitor.text("recipe", run_folder.as_yaml(recipe))
     dataset = preflight.open_dataset(plan.train, order)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
-    with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask) as loader:
+    pin = device.type == "cuda"
+    with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask, pin=pin) as loader:
 
         def save(step: int, tokens: int) -> Path:
             replicas.compare(engine, step)
@@ -140,6 +141,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             monitor=monitor,
             watch=watch,
             next_batches=loader.step,
+            labels_ahead=loader.labels_ahead,
             validation=preflight.validation_batches_of(recipe, plan),
             save=state.Saves(save),
             position=lambda: preflight.position(loader.state, plan.train),

@@ -2,11 +2,11 @@
 
 1. A step is the next B unskipped sample numbers. They form B / (m * W) passes; in pass a, rank r of W takes the
    m numbers from a * W * m + r * m. Ranks only cut the range, so the world size changes nothing.
-2. One background thread reads the next step while this one trains. `Loader.state` moves when a step is handed out:
-   saved after step k, it is the state after k steps, whatever was read ahead.
+2. One background thread reads the next step, counts its labels and pins its memory while this one trains.
+   `Loader.state` moves when a step is handed out: saved after step k, it is the state after k steps, whatever was read ahead.
 
 A batch is a dict of CPU tensors, int64 [m, L]: `input_ids`; `labels`, already shifted (labels[:, t] is the token
-after input_ids[:, t]; -100 is ignored); `document_ids` where asked for. Knows no model, optimizer or device.
+after input_ids[:, t]; -100 is ignored); `document_ids` where asked for. Knows no model or optimizer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,6 +36,7 @@ class Loader:
         micro_batch: m, samples per rank and pass.
         rank, world: this rank and how many there are.
         document_mask: add `document_ids`.
+        pin: lay the batches in page-locked memory, from which a GPU copies without holding up its host.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         document_mask: bool = False,
+        pin: bool = False,
     ):
         assert batch % (micro_batch * world) == 0, (batch, micro_batch, world)
         self.state = state
-        self._dataset, self._document_mask, self._batch = dataset, document_mask, batch
+        self._dataset, self._document_mask, self._batch, self._pin = dataset, document_mask, batch, pin
         self._passes = [
             slice(a + rank * micro_batch, a + (rank + 1) * micro_batch) for a in range(0, batch, micro_batch * world)
         ]
@@ -59,10 +61,17 @@ class Loader:
 
     def step(self) -> list[Batch]:
         """This rank's micro-batches of the next step. What went wrong while reading ahead is raised here."""
-        batches = self._ahead.result()
+        batches, _ = self._ahead.result()
         self.state = self._state_ahead
         self._read_ahead()
         return batches
+
+    def labels_ahead(self) -> int:
+        """Labels of this rank that count in the step which `step` hands out next; 0 where that step cannot be read.
+
+        Waits for the reading thread. What went wrong there is `step`'s to raise.
+        """
+        return 0 if self._ahead.exception() else self._ahead.result()[1]
 
     def reopen(self, dataset: BlendedDataset, state: OrderState) -> None:
         """Go on from another state; what was read ahead is dropped."""
@@ -81,10 +90,18 @@ class Loader:
 
     def _read_ahead(self) -> None:
         numbers, self._state_ahead = next_batch(self.state, self._batch)
-        self._ahead: Future[list[Batch]] = self._thread.submit(self._read, numbers)
+        self._ahead: Future[tuple[list[Batch], int]] = self._thread.submit(self._read, numbers)
 
-    def _read(self, numbers: np.ndarray) -> list[Batch]:
-        return [_micro_batch(self._dataset, numbers[cut].tolist(), self._document_mask) for cut in self._passes]
+    def _read(self, numbers: np.ndarray) -> tuple[list[Batch], int]:
+        batches = [_micro_batch(self._dataset, numbers[cut].tolist(), self._document_mask) for cut in self._passes]
+        if self._pin:
+            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+        return batches, counted(batches)
+
+
+def counted(batches: list[Batch]) -> int:
+    """Labels that count in a loss."""
+    return sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
 
 
 def validation_batches(

@@ -3,6 +3,7 @@
 1. `read_config` finds the file and refuses keys that the recipe owns and values of "auto".
 2. `engine_config` adds what the recipe owns: batch sizes, precision, clipping.
 3. `start_engine` builds the optimizer and hands the model to DeepSpeed.
+4. `apply_step` steps it.
 
 The file owns sharding, offload and communication; the recipe owns everything else; no key has two owners.
 """
@@ -10,6 +11,7 @@ The file owns sharding, offload and communication; the recipe owns everything el
 import difflib
 import json
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -101,6 +103,7 @@ def engine_config(recipe: Recipe, file: dict[str, Any], world_size: int) -> dict
         # Written out also when it is 0, because DeepSpeed clips at 1 by default. At stage 0 in fp32 the loop clips.
         "gradient_clipping": recipe.optim.clip_grad_norm if stage > 0 or recipe.train.precision == "bf16" else 0.0,
         "steps_per_print": 1 << 60,  # the loop prints
+        "timers": {"throughput": {"enabled": False}},  # on by default, it waits for the device twice a micro-batch
         "zero_allow_untested_optimizer": False,
         "zero_force_ds_cpu_optimizer": False,  # offload runs on torch's AdamW where no compiler is
     }
@@ -161,6 +164,33 @@ def start_engine(
         # spoil the bias correction of every later step.
         engine.optimizer.optimizer.state.clear()
     return engine
+
+
+def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None:
+    """`engine.step()`. Returns the gradient norm only where DeepSpeed does not keep it: fp32 at stage 0.
+
+    There DeepSpeed neither measures the norm nor leaves out a step with non-finite gradients, so both, and the
+    clipping, are done here (`engine_config` switches DeepSpeed's off).
+    """
+    import torch
+
+    norm = None
+    if is_plain(engine) and engine.is_gradient_accumulation_boundary():
+        trained = [p for p in engine.module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        norm = float(total)
+        if not math.isfinite(norm):
+            for p in trained:
+                p.grad = None
+        elif clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, clip_grad_norm, total)
+    engine.step()
+    return norm
+
+
+def is_plain(engine: "DeepSpeedEngine") -> bool:
+    """True where DeepSpeed steps the optimizer itself, without a wrapper of its own."""
+    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
 
 
 def fetch_mixtures_whole(model: "torch.nn.Module") -> None:

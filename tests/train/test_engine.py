@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from deepspeed.utils.config import get_timers_config
 
 from megatron_steel.errors import SteelError
 from megatron_steel.recipe import load_recipe
@@ -45,6 +46,7 @@ def test_the_recipe_decides_batch_precision_and_clipping():
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"] == {"enabled": True}
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert not get_timers_config(config).enabled  # it would wait for the device twice a micro-batch
 
 
 @pytest.mark.parametrize(
