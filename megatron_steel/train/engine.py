@@ -153,7 +153,7 @@ def start_engine(
     """
     deepspeed = quiet_deepspeed(device)
     offload = offloads_optimizer(config)
-    kernel = dist.together(lambda: optimizer.choose(optim.kernel, device.type, offload))
+    kernel = dist.together(lambda: optimizer.choose(optim.kernel, device.type, offload, zero_stage(config) == 3))
     assert kernel is not None
     dist.log.info("optimizer: AdamW by %s%s", kernel, " (optim.kernel: auto)" if optim.kernel == "auto" else "")
     adam = optimizer.build(kernel, groups, optim, device.type, offload)

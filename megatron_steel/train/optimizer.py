@@ -5,6 +5,7 @@ a schedule has no state to save. Knows nothing of ZeRO: sharding wraps what is b
 """
 
 import importlib
+import importlib.util
 import math
 import os
 import shutil
@@ -39,23 +40,26 @@ def learning_rate(step: int, schedule: Schedule, peak: float, total_steps: int) 
     return peak * (floor + (1 - floor) * share)
 
 
-def choose(kernel: str, device: str, offload: bool) -> str:
+def choose(kernel: str, device: str, offload: bool, sub_groups: bool = False) -> str:
     """The fused Adam that `optim.kernel` means on this device: `apex`, `deepspeed` or `torch`.
 
     `auto` never fails and never compiles: NVIDIA's apex when it is installed, DeepSpeed's when it was built in
     advance, else torch's fused AdamW. Raises SteelError when the kernel asked for cannot run here.
+
+    Args:
+        offload: the optimizer's state lies on the CPU.
+        sub_groups: parts of a parameter group are stepped one after another (ZeRO-3), each with a counter of its own;
+            apex counts for the whole group.
     """
     if kernel == "auto":
-        if device == "cuda" and not offload and _has_apex():
+        if _why_no_apex(device, offload, sub_groups) is None:
             return "apex"
         return "deepspeed" if _built_in_advance(device, offload) else "torch"
-    if kernel == "apex" and (device != "cuda" or offload or not _has_apex()):
-        raise SteelError(
-            "NVIDIA's apex FusedAdam cannot run here",
-            f"optim.kernel=apex on {device}{' with offload' if offload else ''}",
-            "build apex from NVIDIA's repository with --cuda_ext on a CUDA machine (the PyPI name is another project), "
-            "or use optim.kernel=auto",
-        )
+    problem = _why_no_apex(device, offload, sub_groups) if kernel == "apex" else None
+    if problem:
+        what, remedy = problem
+        raise SteelError(f"NVIDIA's apex FusedAdam cannot run here: {what}", "optim.kernel=apex",
+                         f"{remedy}optim.kernel=auto takes the fastest kernel that is there")  # fmt: skip
     if kernel == "deepspeed" and not _built_in_advance(device, offload):
         _refuse_impossible_build(device, offload)
     return kernel
@@ -82,12 +86,36 @@ def build(
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def _has_apex() -> bool:
+_BUILD_APEX = ("git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v "
+               "--no-build-isolation . (needs nvcc of torch's CUDA version; a checkout from before 2025 wants --config-settings "
+               "'--build-option=--cpp_ext' and '--build-option=--cuda_ext' instead of the variables); ")  # fmt: skip
+
+
+def _why_no_apex(device: str, offload: bool, sub_groups: bool) -> tuple[str, str] | None:
+    """What stands in the way of NVIDIA's apex and what to do about it; None: nothing.
+
+    The name on PyPI belongs to a toolkit for web sites, whose package `apex` has no `optimizers`; it is not imported.
+    """
+    if device != "cuda" or offload:
+        return f"its kernels work on a GPU's memory, and the optimizer is on {'the CPU' if offload else device}", ""
+    if sub_groups:
+        return "it counts steps for a whole group, and ZeRO-3 steps parts of groups", "use zero1.json or zero2.json; "
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "it is not installed", _BUILD_APEX
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if not any((folder / "optimizers").is_dir() for folder in folders):
+        return "the `apex` that is installed is another program, PyPI's", f"pip uninstall apex && {_BUILD_APEX}"
     try:
-        importlib.import_module("amp_C")  # NVIDIA's compiled part; another project's `apex` has none
-        return hasattr(importlib.import_module("apex.optimizers"), "FusedAdam")
-    except ImportError:
-        return False
+        importlib.import_module("torch")  # whose libraries the compiled part is linked to
+        importlib.import_module("amp_C")
+        importlib.import_module("apex.optimizers")
+    except ImportError as error:
+        return (
+            f"it was built without its CUDA part, or for another torch ({error})",
+            f"pip uninstall apex && {_BUILD_APEX}",
+        )
+    return None
 
 
 def _operator(device: str, offload: bool) -> str:
