@@ -13,22 +13,29 @@ from megatron_steel.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 
 def sharding(recipe: Recipe, plan: RunPlan, device: "torch.device") -> str:
     """`deepspeed.config`, with `auto` resolved by the memory of this rank's device."""
-    from megatron_steel.model.memory import activation_bytes_per_sample
-    from megatron_steel.train.engine import smallest_stage_that_fits
-
     if recipe.deepspeed.config != "auto":
         return recipe.deepspeed.config
-    per_sample = activation_bytes_per_sample(
-        plan.config, recipe.data.sequence_length, recipe.train.precision, recipe.train.activation_checkpointing
-    )
-    activations = per_sample * recipe.train.micro_batch_size
-    chosen = smallest_stage_that_fits(plan.parameters, activations, _device_bytes(device), dist.world_size())
+    chosen = smallest_sharding(recipe, plan.config, plan.parameters, _device_bytes(device), dist.world_size())
     dist.log.info("deepspeed.config: auto takes %s", chosen)
     return chosen
+
+
+def smallest_sharding(
+    recipe: Recipe, config: "PretrainedConfig", parameters: int, device_bytes: int, world_size: int
+) -> str:
+    """The file of `ds_configs/` with the lowest stage that trains the recipe's micro-batch in so much memory a rank."""
+    from megatron_steel.model.memory import activation_bytes_per_sample, head_bytes
+    from megatron_steel.train.engine import smallest_stage_that_fits
+
+    length, train = recipe.data.sequence_length, recipe.train
+    per_sample = activation_bytes_per_sample(config, length, train.precision, train.activation_checkpointing)
+    head = head_bytes(config, train.micro_batch_size * length, train.precision)
+    return smallest_stage_that_fits(parameters, per_sample * train.micro_batch_size + head, device_bytes, world_size)
 
 
 def _device_bytes(device: "torch.device") -> int:

@@ -50,7 +50,6 @@ RECIPE_OWNS = {
 # What a file may set: sharding, offload, communication and its diagnosis.
 FILE_OWNS = ("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "aio",
              "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "compile")  # fmt: skip
-_BYTES_PER_PARAMETER = 16  # bf16 weight and gradient, fp32 weight, two moments (ZeRO paper, arXiv 1910.02054, 3.1)
 
 
 def shipped_configs() -> list[str]:
@@ -126,14 +125,16 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
 def smallest_stage_that_fits(parameters: int, activation_bytes: int, device_bytes: int, world_size: int) -> str:
     """`deepspeed.config: auto`: the first of zero1, zero2, zero3, zero3_offload whose states and activations fit.
 
-    Stage 0 is left out because it accumulates gradients in bf16. States per rank as in the ZeRO paper (arXiv
-    1910.02054, figure 1), with fp32 gradients; a tenth of the device stays free.
+    States per rank are those of the ZeRO paper (arXiv 1910.02054, figure 1) and what DeepSpeed 0.19 holds beside them in
+    bf16: gradients are added up in fp32; stage 1 keeps both its bf16 and its fp32 gradients whole, stage 2 lays its
+    share out flat before it steps. A tenth of the device stays free. Stage 0 is left out because it adds gradients up in
+    bf16 and refuses an fp32 sum; on one rank stage 1 takes the same memory.
     """
     p, n = parameters, world_size
     needs = {
-        "zero1.json": 2 * p + 4 * p + 12 * p / n,
-        "zero2.json": 2 * p + (4 * p + 12 * p) / n,
-        "zero3.json": (_BYTES_PER_PARAMETER + 2) * p / n,
+        "zero1.json": 8 * p + 12 * p / n,
+        "zero2.json": 2 * p + 20 * p / n,
+        "zero3.json": 18 * p / n,
     }
     for name, states in needs.items():
         if states + activation_bytes <= 0.9 * device_bytes:

@@ -5,7 +5,10 @@ import json
 import pytest
 from deepspeed.utils.config import get_timers_config
 
+from megatron_steel.device import smallest_sharding
 from megatron_steel.errors import SteelError
+from megatron_steel.model.build import build_config
+from megatron_steel.model.flops import parameters
 from megatron_steel.recipe import load_recipe
 from megatron_steel.train import engine
 
@@ -61,6 +64,15 @@ def test_the_recipe_decides_batch_precision_and_clipping():
 )
 def test_auto_takes_the_smallest_stage_that_fits_a_billion_parameters(gib, ranks, stage):
     assert engine.smallest_stage_that_fits(10**9, 2 * 2**30, gib * 2**30, ranks) == stage
+
+
+@pytest.mark.parametrize("name", ["steel-1b", "zh-1b", "tinyllama-1.1b"])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_a_billion_parameters_on_80_gb_cards_need_no_stage_3(name, ranks):
+    recipe = load_recipe(name)
+    config = build_config(recipe.model)
+    chosen = smallest_sharding(recipe, config, parameters(config).total, 80 * 10**9, ranks)
+    assert chosen == "zero1.json"
 
 
 @pytest.fixture(scope="module")
