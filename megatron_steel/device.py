@@ -3,6 +3,7 @@
 Estimates from a plan, before and while it trains. Builds nothing and knows nothing of data.
 """
 
+import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -59,7 +60,8 @@ def out_of_memory(recipe: Recipe, plan: RunPlan, device: "torch.device") -> Call
     free = int(0.9 * torch.cuda.get_device_properties(device).total_memory) - torch.cuda.memory_allocated(device)
 
     def remedy() -> str:
-        tried, batch = recipe.train.micro_batch_size, recipe.train.global_batch_size // dist.world_size()
+        tried, batches = recipe.train.micro_batch_size, [s.global_batch_size for s in recipe.train.batch_ramp]
+        batch = math.gcd(recipe.train.global_batch_size, *batches) // dist.world_size()
         cuts = [m for m in range(1, tried) if batch % m == 0]  # smaller than what has just failed, and it divides
         for checkpointing in sorted({recipe.train.activation_checkpointing, True}):
             fits = largest_micro_batch(

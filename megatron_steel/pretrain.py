@@ -240,7 +240,6 @@ def _roll_back(
             folder,
             loader.state,
             lambda c: from_json(c.manifest["order"], c.path),
-            recipe.train.global_batch_size,
         )
     if back is None:
         if dist.is_main():
@@ -267,8 +266,8 @@ def _announce(
 ) -> None:
     from megatron_steel.train.engine import zero_stage
 
-    before = (checkpoint.step, checkpoint.manifest["tokens"]) if checkpoint else (0, 0)
-    tokens = before[1] + (steps - before[0]) * recipe.train.global_batch_size * recipe.data.sequence_length
+    tokens = checkpoint.manifest["tokens"] if checkpoint else 0
+    tokens += preflight.samples_to_come(recipe, steps, checkpoint) * recipe.data.sequence_length
     dist.log.info(
         "%s: %s parameters, %s steps, %s tokens, %d ranks, ZeRO %d, micro-batch %d x %d",
         recipe.run.dir, f"{plan.parameters:,}", f"{steps:,}", f"{tokens:,}", dist.world_size(), zero_stage(config),

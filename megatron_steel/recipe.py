@@ -102,11 +102,22 @@ class Schedule(_Section):
 
 
 @dataclass(frozen=True)
+class BatchStage(_Section):
+    """Before the run has trained `until_tokens`, or done `until_steps` (one of the two), a step takes so many samples."""
+
+    global_batch_size: int
+    until_tokens: int | None = None
+    until_steps: int | None = None
+
+
+@dataclass(frozen=True)
 class Train(_Section):
     global_batch_size: int
     """Samples per optimizer step, over all ranks."""
     micro_batch_size: int
     """Samples per rank and forward pass."""
+    batch_ramp: list[BatchStage] = field(default_factory=list)
+    """Smaller global batches at the start of the run, by fewer micro-batches; then `global_batch_size`."""
     steps: int | None = None
     tokens: int | None = None
     epochs: float | None = None
@@ -233,20 +244,23 @@ def from_dict(tree: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def accumulation_steps(train: Train, world_size: int) -> int:
-    """Micro-batches that one rank adds up per optimizer step.
+    """Micro-batches that one rank adds up per optimizer step, once a batch ramp is over.
 
-    Raises SteelError when global batch != micro batch x ranks x a whole number.
+    Raises SteelError when a global batch != micro batch x ranks x a whole number.
     """
     per_pass = train.micro_batch_size * world_size
-    if train.global_batch_size % per_pass:
-        fits = [m for m in range(1, train.micro_batch_size + 1) if train.global_batch_size % (m * world_size) == 0]
+    for batch in (*(stage.global_batch_size for stage in train.batch_ramp), train.global_batch_size):
+        if batch % per_pass == 0:
+            continue
+        fits = [m for m in range(1, train.micro_batch_size + 1) if batch % (m * world_size) == 0]
         remedy = (
             f"train.micro_batch_size={fits[-1]} fits" if fits else f"make the global batch a multiple of {world_size}"
         )
         raise SteelError(
-            f"a global batch of {train.global_batch_size} samples cannot be cut into micro-batches of "
+            f"a global batch of {batch} samples cannot be cut into micro-batches of "
             f"{train.micro_batch_size} on {world_size} ranks ({per_pass} samples a pass)",
-            "train.global_batch_size, train.micro_batch_size",
+            ("train.global_batch_size" if batch == train.global_batch_size else "train.batch_ramp")
+            + ", train.micro_batch_size",
             remedy,
         )
     return train.global_batch_size // per_pass
@@ -288,6 +302,11 @@ def _impossible_values(recipe: Recipe) -> list[str]:
     problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if not 0 <= value < math.inf]
     if not all(0 <= beta < 1 for beta in o.betas):
         problems.append(f"optim.betas: {list(o.betas)} are not both in [0, 1)")
+    for i, stage in enumerate(t.batch_ramp):
+        ends = [end for end in (stage.until_tokens, stage.until_steps) if end is not None]
+        if stage.global_batch_size < 1 or len(ends) != 1 or ends[0] < 1:
+            what = "needs a global_batch_size and either until_tokens or until_steps, all above 0"
+            problems.append(f"train.batch_ramp.{i}: {what}")
     if t.keep_every_steps and t.keep_every_steps % t.save_every_steps:
         what = f"{t.keep_every_steps} is no multiple of train.save_every_steps ({t.save_every_steps})"
         problems.append(f"train.keep_every_steps: {what}")
@@ -333,6 +352,7 @@ _ALL_KEYS = [
     "data.train.weight",
     "data.validation.prefix",
     "data.validation.weight",
+    *(f"train.batch_ramp.{f.name}" for f in dataclasses.fields(BatchStage)),
 ]
 
 

@@ -1,6 +1,6 @@
 """Sample numbers to this rank's micro-batches, one step ahead of the training.
 
-1. A step is the next B unskipped sample numbers. They form B / (m * W) passes; in pass a, rank r of W takes the
+1. A step is the next B unskipped sample numbers, B as the order says for it (a batch ramp makes it grow). They form B / (m * W) passes; in pass a, rank r of W takes the
    m numbers from a * W * m + r * m. Ranks only cut the range, so the world size changes nothing.
 2. One background thread reads the next step, counts its labels and pins its memory while this one trains.
    `Loader.state` moves when a step is handed out: saved after step k, it is the state after k steps, whatever was read ahead.
@@ -32,7 +32,8 @@ class Loader:
     Args:
         dataset: samples to read.
         state: where to go on; the same on every rank.
-        batch: B, samples per step over all ranks: a multiple of micro_batch * world (the recipe's check).
+        batch: samples per step over all ranks once a ramp is over; every B is a multiple of micro_batch * world (the
+            recipe's check).
         micro_batch: m, samples per rank and pass.
         rank, world: this rank and how many there are.
         document_mask: add `document_ids`.
@@ -51,11 +52,10 @@ class Loader:
         pin: bool = False,
     ):
         assert batch % (micro_batch * world) == 0, (batch, micro_batch, world)
+        assert batch == state.segments[-1].batch, (batch, state.segments[-1].batch)
         self.state = state
-        self._dataset, self._document_mask, self._batch, self._pin = dataset, document_mask, batch, pin
-        self._passes = [
-            slice(a + rank * micro_batch, a + (rank + 1) * micro_batch) for a in range(0, batch, micro_batch * world)
-        ]
+        self._dataset, self._document_mask, self._pin = dataset, document_mask, pin
+        self._micro_batch, self._rank, self._world = micro_batch, rank, world
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._read_ahead()
 
@@ -89,11 +89,14 @@ class Loader:
         self.close()
 
     def _read_ahead(self) -> None:
-        numbers, self._state_ahead = next_batch(self.state, self._batch)
+        numbers, self._state_ahead = next_batch(self.state, self.state.batch)
         self._ahead: Future[tuple[list[Batch], int]] = self._thread.submit(self._read, numbers)
 
     def _read(self, numbers: np.ndarray) -> tuple[list[Batch], int]:
-        batches = [_micro_batch(self._dataset, numbers[cut].tolist(), self._document_mask) for cut in self._passes]
+        one_pass, mine = self._micro_batch * self._world, self._rank * self._micro_batch
+        assert len(numbers) % one_pass == 0, (len(numbers), one_pass)
+        cuts = [slice(a + mine, a + mine + self._micro_batch) for a in range(0, len(numbers), one_pass)]
+        batches = [_micro_batch(self._dataset, numbers[cut].tolist(), self._document_mask) for cut in cuts]
         if self._pin:
             batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
         return batches, counted(batches)

@@ -167,6 +167,16 @@ def start_engine(
     return engine
 
 
+def set_accumulation(engine: "DeepSpeedEngine", micro_batches: int) -> None:
+    """From the next micro-batch on a step has so many a rank.
+
+    It sets what DeepSpeed divides by. Where a step ends must be said for every micro-batch
+    (`set_gradient_accumulation_boundary`): DeepSpeed's own count runs over the whole run, modulo the number of now.
+    """
+    if micro_batches != engine.gradient_accumulation_steps():
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * dist.world_size())
+
+
 def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None:
     """`engine.step()`. Returns the gradient norm only where DeepSpeed does not keep it: fp32 at stage 0.
 

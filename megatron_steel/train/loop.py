@@ -22,7 +22,7 @@ from megatron_steel import dist
 from megatron_steel.data.loader import counted
 from megatron_steel.errors import Stopped, TrainingError
 from megatron_steel.recipe import Recipe
-from megatron_steel.train.engine import apply_step
+from megatron_steel.train.engine import apply_step, set_accumulation
 from megatron_steel.train.garbage import Garbage
 from megatron_steel.train.health import Health, by_layer, extremes
 from megatron_steel.train.monitor import METRICS, Monitor, progress_line, read_metrics
@@ -114,7 +114,7 @@ class Clock:
 def fit(job: Job) -> None:
     """Train from `job.step` to `job.steps`. Raises Stopped after the save that a stop request asked for."""
     train = job.recipe.train
-    logged_at, save_due = job.step, False
+    logged_at, save_due = (job.step, job.tokens), False
     job.clock.take(1)
     if job.validation and job.step and job.step % train.eval_every_steps == 0 and _not_validated(job):
         validate(job)
@@ -128,13 +128,13 @@ def fit(job: Job) -> None:
                 there = job.roll_back()
                 if there:
                     job.step, job.tokens = there
-                    logged_at, job.tokens_ahead = job.step, 0  # what was read ahead is dropped
+                    logged_at, job.tokens_ahead = there, 0  # what was read ahead is dropped
                     job.clock.take(1)
                     continue
             last, stop = job.step == job.steps, done.stop
             if is_logged(job):
-                log_step(job, done, job.step - logged_at)
-                logged_at = job.step
+                log_step(job, done, job.step - logged_at[0], job.tokens - logged_at[1])
+                logged_at = job.step, job.tokens
             evaluated = job.validation and (job.step % train.eval_every_steps == 0 or last)
             if evaluated:
                 validate(job)
@@ -159,6 +159,7 @@ def train_step(job: Job) -> StepResult:
     engine, recipe = job.engine, job.recipe
     with job.clock.part("data"):
         micro_batches = job.next_batches()
+    set_accumulation(engine, len(micro_batches))
     tokens = job.tokens_ahead or int(dist.sum_over_ranks([counted(micro_batches)])[0])
     # Dropout is the same after a resume; the generator takes 63 bits.
     torch.manual_seed(((recipe.run.seed * 1_000_003 + job.step) * 8191 + dist.rank()) % 2**63)
@@ -171,6 +172,7 @@ def train_step(job: Job) -> StepResult:
     norm, fetched = None, None
     try:
         for number, batch in enumerate(micro_batches, start=1):
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             with job.clock.part("forward"), job.health.watching(is_logged(job)):
                 loss = engine(**to_device(batch, engine.device))
             loss_sum += loss.detach()
@@ -260,8 +262,8 @@ def _not_validated(job: Job) -> bool:
     return dist.any_rank(dist.is_main() and not any(r["step"] == job.step and "validation_loss" in r for r in rows))
 
 
-def log_step(job: Job, done: StepResult, steps: int) -> None:
-    """Send out the numbers of the last step, and the mean times of the last `steps` steps."""
+def log_step(job: Job, done: StepResult, steps: int, tokens: int) -> None:
+    """Send out the numbers of the last step, and the mean times of the last `steps` steps, which took `tokens`."""
     import torch
 
     if job.engine.device.type == "cuda":
@@ -269,7 +271,7 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
     parts = job.clock.take(steps)
     aside = parts.get("seconds_validation", 0.0) + parts.get("seconds_save", 0.0)
     seconds_training = parts["seconds_step"] - aside
-    tokens_per_second = done.tokens / seconds_training
+    tokens_per_second = tokens / steps / seconds_training
     norm = done.grad_norm if done.grad_norm is not None else float(job.engine.get_global_grad_norm())
     health = job.health.take()
     row = {
