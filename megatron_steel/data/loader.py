@@ -9,7 +9,8 @@ A batch is a dict of CPU tensors, int64 [m, L]: `input_ids`; `labels`, already s
 after input_ids[:, t]; -100 is ignored); `document_ids` where asked for. Knows no model or optimizer.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -56,7 +57,7 @@ class Loader:
         self.state = state
         self._dataset, self._document_mask, self._pin = dataset, document_mask, pin
         self._micro_batch, self._rank, self._world = micro_batch, rank, world
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=_same_gpu() if pin else None)
         self._read_ahead()
 
     def step(self) -> list[Batch]:
@@ -100,6 +101,13 @@ class Loader:
         if self._pin:
             batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
         return batches, counted(batches)
+
+
+def _same_gpu() -> Callable[[], None]:
+    """For a thread's start: a new thread stands on the first GPU, whatever its process has chosen."""
+    import torch
+
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def counted(batches: list[Batch]) -> int:
