@@ -1,4 +1,5 @@
-"""What this rank's device is and holds: which sharding fits, which micro-batch would have fitted, its peak speed.
+"""What this rank's device is and holds: which sharding fits, which kernels run, which micro-batch would have fitted, its
+peak speed.
 
 Estimates from a plan, before and while it trains. Builds nothing and knows nothing of data.
 """
@@ -13,6 +14,8 @@ from megatron_steel.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_steel.model.kernels import Choice
 
 
 def sharding(recipe: Recipe, plan: RunPlan, device: "torch.device") -> str:
@@ -29,6 +32,18 @@ def sharding(recipe: Recipe, plan: RunPlan, device: "torch.device") -> str:
     chosen = smallest_stage_that_fits(plan.parameters, activations, _device_bytes(device), dist.world_size())
     dist.log.info("deepspeed.config: auto takes %s", chosen)
     return chosen
+
+
+def kernels(recipe: Recipe, plan: RunPlan, device: "torch.device") -> "Choice":
+    """The recipe's `kernels` on this rank's device. Raises SteelError where one asked for by name cannot run."""
+    import torch
+
+    from megatron_steel.model.build import construct
+    from megatron_steel.model.kernels import choose
+
+    with torch.device("meta"):
+        model = construct(plan.config, torch.float32)
+    return choose(recipe.kernels, model, device, recipe.train.precision, recipe.data.document_mask)
 
 
 def _device_bytes(device: "torch.device") -> int:
