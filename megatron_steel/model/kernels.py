@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from megatron_steel.errors import SteelError
+from megatron_steel.model import regions
 from megatron_steel.model.attention import Attention, choose_attention
 from megatron_steel.recipe import Kernels
 
@@ -30,9 +31,13 @@ class Choice:
     attention: Attention = Attention()  # noqa: RUF009  (frozen itself)
     fused: str = "torch"
     compile: bool = False
+    outside: tuple[str, ...] = ()
+    """Classes that stay out of the compiled layers."""
 
     def __str__(self) -> str:
         layers = "compiled layer by layer" if self.compile else f"norm, rope and swiglu by {self.fused}"
+        if self.outside:
+            layers += f" but for {', '.join(self.outside)}, whose shapes follow the documents"
         return f"head {self.head}, attention {self.attention}, {layers}"
 
 
@@ -61,7 +66,10 @@ def choose(
         _require(_liger_problem(device), _LIGER + ", or use kernels.head=auto", "kernels.head=liger")
     # Not Liger's by itself: its chunks of 256 tokens re-read the weight, and no GPU figure says that it is faster.
     head = "chunked" if kernels.head == "auto" else kernels.head
-    return Choice(head, attention, "torch" if compiled else _fused(kernels.fused, device), compiled)
+    if not compiled:
+        return Choice(head, attention, _fused(kernels.fused, device))
+    outside = {type(module).__name__ for module in model.modules() if isinstance(module, regions.OUTSIDE)}
+    return Choice(head, attention, "torch", True, tuple(sorted(outside)))
 
 
 def _compiles(kernels: Kernels, device: torch.device) -> bool:

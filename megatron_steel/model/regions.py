@@ -11,18 +11,21 @@ import torch
 from torch import nn
 
 from megatron_steel.model import parts
-from megatron_steel.model.modeling_steel import MIXTURES
+from megatron_steel.model.mixture_steel import SteelLaggedMixture
+
+OUTSIDE = (SteelLaggedMixture,)
+"""Modules that run uncompiled in a compiled layer: a dozen graphs, and new ones for every number of documents."""
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     """Compile every decoder layer in place; parameters and names stay. Returns how many.
 
-    Shapes are static: another micro-batch size compiles anew.
+    Shapes are static: another micro-batch size compiles anew. A lagged mixture stays outside the graph (`OUTSIDE`).
     """
     layers = [layer for _, layer in parts.decoder_layers(model)]
     for layer in layers:
         for part in layer.modules():
-            if isinstance(part, MIXTURES):  # they ask the numbers how to proceed, and keep gradients by hand
+            if isinstance(part, OUTSIDE):
                 part.__dict__["forward"] = torch.compiler.disable(part.forward)
         layer.__dict__["forward"] = torch.compile(layer.forward, backend=backend, dynamic=False)
     return len(layers)
@@ -46,5 +49,5 @@ def put_back(model: nn.Module) -> None:
     """Every layer's own forward again."""
     for layer in compiled_layers(model):
         for part in layer.modules():
-            if part is layer or isinstance(part, MIXTURES):
+            if part is layer or isinstance(part, OUTSIDE):
                 part.__dict__.pop("forward", None)
