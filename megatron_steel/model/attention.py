@@ -90,17 +90,15 @@ def _fastest(model: PreTrainedModel, device: torch.device, documents: bool, dtyp
     if device.type != "cuda":
         return Attention()
     hopper = torch.cuda.get_device_capability(device) == _HOPPER
-    order = ["flash_attention_3"] if hopper else []
-    if torch.are_deterministic_algorithms_enabled():
-        order = []  # its backward pass adds up in any order
-    elif documents:
-        order.append("flash_attention_2")
-    if documents:
-        order.append("flex")
+    if torch.are_deterministic_algorithms_enabled():  # the other backward passes add up in any order
+        order, backends = (["flex"] if documents else []), ("flash", "math")
+    else:
+        order = ["flash_attention_3"] if hopper else []
+        order += ["flash_attention_2", "flex"] if documents else []
+        backends = ("cudnn", "flash", "efficient", "math") if hopper else ("flash", "cudnn", "efficient", "math")
     for name in order:
         if _problem(name, model, device, documents, dtype) is None:
             return _named(name)
-    backends = ("cudnn", "flash", "efficient", "math") if hopper else ("flash", "cudnn", "efficient", "math")
     return Attention("sdpa", backends, dense=documents)
 
 

@@ -58,7 +58,7 @@ def choose(
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     attention = choose_attention(kernels.attention, model, device, documents, dtype)
-    compiled = _compiles(kernels, device)
+    compiled = _compiles(kernels, model, device)
     if compiled and kernels.fused in ("liger", "apex"):
         what = f"{kernels.fused}'s norm is not used in compiled layers: inductor fuses it"
         raise SteelError(what, f"kernels.compile=true, kernels.fused={kernels.fused}", "set one of them to auto")
@@ -72,9 +72,12 @@ def choose(
     return Choice(head, attention, "torch", True, tuple(sorted(outside)))
 
 
-def _compiles(kernels: Kernels, device: torch.device) -> bool:
+def _compiles(kernels: Kernels, model: PreTrainedModel, device: torch.device) -> bool:
     if kernels.compile == "auto":
-        return device.type == "cuda" and kernels.fused in ("auto", "torch") and _compiler_problem(device) is None
+        # Not foreign code, which nobody has compiled; not where a run must repeat bitwise, as inductor times its kernels.
+        known = type(model).__module__.startswith(("megatron_steel.", "transformers.models."))
+        wanted = known and kernels.fused in ("auto", "torch") and not torch.are_deterministic_algorithms_enabled()
+        return wanted and device.type == "cuda" and _compiler_problem(device) is None
     if kernels.compile:
         _require(_compiler_problem(device), "install it, or use kernels.compile=auto", "kernels.compile=true")
     return bool(kernels.compile)

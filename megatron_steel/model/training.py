@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from megatron_steel.errors import SteelError
 from megatron_steel.model import fused, regions
-from megatron_steel.model.attention import Attention, document_inputs
+from megatron_steel.model.attention import document_inputs
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.head import ChunkedHead, LigerHead, LossHead, PlainHead, plain_loss
 from megatron_steel.model.kernels import Choice
@@ -78,7 +78,7 @@ def prepare_for_training(
     """
     model.train()  # from_pretrained returns a model in eval mode, without dropout and without checkpointing
     if activation_checkpointing:
-        _enable_checkpointing(model, kernels.attention)
+        _enable_checkpointing(model, kernels)
     name = type(model).__name__
     known = isinstance(model, SteelForCausalLM) or type(model).__module__.startswith("transformers.models.")
     settings = _HEADS[name](model.config) if known and name in _HEADS else None
@@ -157,11 +157,13 @@ def _swap_head(model: PreTrainedModel, kernels: Choice, settings: dict[str, Any]
     return head
 
 
-def _enable_checkpointing(model: PreTrainedModel, attention: Attention) -> None:
+def _enable_checkpointing(model: PreTrainedModel, kernels: Choice) -> None:
     # transformers 5 renamed the method; the old name warns there and is gone in 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     if not model.supports_gradient_checkpointing:
         what = f"{type(model).__name__} knows no activation checkpointing"
         raise SteelError(what, "train.activation_checkpointing", "set it to false")
-    again = {} if not attention.backends else {"context_fn": lambda: (attention.kernels(), attention.kernels())}
+    again: dict[str, Any] = {}
+    if kernels.attention.backends and not kernels.compile:  # a graph has its back end in it
+        again["context_fn"] = lambda: (kernels.attention.kernels(), kernels.attention.kernels())
     enable({"use_reentrant": False} | again)

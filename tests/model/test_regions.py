@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from megatron_steel.model import parts, regions
+from megatron_steel.model.attention import Attention
 from megatron_steel.model.build import build_config, build_model, fetched_whole
+from megatron_steel.model.kernels import Choice
 from megatron_steel.model.training import as_shipped, prepare_for_training
 from megatron_steel.recipe import Model
 from megatron_steel.train.health import Health
@@ -80,6 +82,25 @@ def test_a_lagged_mixture_stays_outside_the_graph():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
     as_shipped(model)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@torch.no_grad()
+def test_block_masks_of_all_batches_share_a_graph():
+    """FlexAttention in a compiled layer: new documents are new numbers, not a new graph (no backward pass on a CPU)."""
+    flex = Choice(attention=Attention("flex_attention"))
+    plain, model = (
+        build().eval(),
+        prepare_for_training(build_model(build_config(Model("steel", SIZES)), 1), False, flex),
+    )
+    regions.compile_layers(model.eval(), backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for seed in (1, 2, 3):
+        documents = (torch.rand(2, 17, generator=torch.Generator().manual_seed(seed)) < 0.3).cumsum(1)
+        found = model(input_ids=batch()["input_ids"], document_ids=documents)
+        expected = plain(input_ids=batch()["input_ids"], document_ids=documents)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_compiled_layers_are_watched_from_outside(monkeypatch):
