@@ -87,7 +87,7 @@ def _named(name: str) -> Attention:
 
 
 def _fastest(model: PreTrainedModel, device: torch.device, documents: bool, dtype: torch.dtype) -> Attention:
-    if device.type != "cuda":
+    if device.type != "cuda" or not model._supports_sdpa:
         return Attention()
     hopper = torch.cuda.get_device_capability(device) == _HOPPER
     if torch.are_deterministic_algorithms_enabled():  # the other backward passes add up in any order

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from test_training import CLASSES, make
 
 from megatron_steel.model import parts, regions
 from megatron_steel.model.attention import Attention
@@ -48,7 +49,7 @@ def loss_and_gradients(model):
     model.zero_grad()
     loss = model(**batch())
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -70,6 +71,20 @@ def test_a_compiled_model_is_the_plain_one(checkpointing):
     as_shipped(model)
     assert not regions.compiled_layers(model)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_compiles_without_a_break(name):
+    plain, model = prepare_for_training(make(name)), prepare_for_training(make(name))
+    regions.compile_layers(model, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    loss, expected = loss_and_gradients(plain)
+    found_loss, found = loss_and_gradients(model)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-6, atol=0)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_a_lagged_mixture_stays_outside_the_graph():
