@@ -1,4 +1,5 @@
-"""What this rank's device is and holds: which sharding fits, which micro-batch would have fitted, its peak speed.
+"""What this rank's device is and holds: which sharding fits, which kernels run, which micro-batch would have fitted, its
+peak speed.
 
 Estimates from a plan, before and while it trains. Builds nothing and knows nothing of data.
 """
@@ -15,6 +16,8 @@ from megatron_steel.recipe import Recipe
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
+
+    from megatron_steel.model.kernels import Choice
 
 
 def sharding(recipe: Recipe, plan: RunPlan, device: "torch.device") -> str:
@@ -37,6 +40,18 @@ def smallest_sharding(
     per_sample = activation_bytes_per_sample(config, length, train.precision, train.activation_checkpointing)
     head = head_bytes(config, train.micro_batch_size * length, train.precision)
     return smallest_stage_that_fits(parameters, per_sample * train.micro_batch_size + head, device_bytes, world_size)
+
+
+def kernels(recipe: Recipe, plan: RunPlan, device: "torch.device") -> "Choice":
+    """The recipe's `kernels` on this rank's device. Raises SteelError where one asked for by name cannot run."""
+    import torch
+
+    from megatron_steel.model.build import construct
+    from megatron_steel.model.kernels import choose
+
+    with torch.device("meta"):
+        model = construct(plan.config, torch.float32)
+    return choose(recipe.kernels, model, device, recipe.train.precision, recipe.data.document_mask)
 
 
 def _device_bytes(device: "torch.device") -> int:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megatron_steel.checkpoint.commit import Checkpoint
     from megatron_steel.data.loader import Loader
     from megatron_steel.data.order import OrderState
+    from megatron_steel.model.kernels import Choice
     from megatron_steel.train.guard import Guard
     from megatron_steel.train.monitor import Monitor
     from megatron_steel.train.report import Report
@@ -99,12 +100,15 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     plan = preflight.plan_run(recipe)
     sharding = dist.together(lambda: engines.read_config(device_facts.sharding(recipe, plan, device)))
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
+    chosen = dist.together(lambda: device_facts.kernels(recipe, plan, device))
     assert config is not None
+    assert chosen is not None
     seen = published(folder / "checkpoints")
     checkpoint = run_folder.find_checkpoint(recipe, plan, folder)
     steps = dist.together(lambda: preflight.total_steps(recipe, plan.train, checkpoint)) or 0
     order = preflight.plan_order(recipe, plan.train, steps, checkpoint)
     _announce(recipe, plan, steps, config, checkpoint)
+    dist.log.info("kernels: %s", chosen)
     if dry_run and getattr(plan.config, "sees_future", False):  # nothing is built, so nothing is audited
         dist.log.warning("FFN_type %s lets every position see later tokens", getattr(plan.config, "FFN_type", ""))
     if dry_run or (checkpoint and checkpoint.step >= steps):
@@ -115,7 +119,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     if dist.is_main():
         room = 2 if checkpoint else recipe.train.keep_last + 1
         warn_of_space(folder / "checkpoints", state.first_checkpoint_bytes(plan.parameters), room)
-    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device)
+    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device, chosen)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
     watch.skipped_steps = progress.skipped_steps
     spikes = _spikes(recipe, progress, order)
@@ -172,6 +176,7 @@ def _start_engine(
     config: dict[str, Any],
     checkpoint: "Checkpoint | None",
     device: "torch.device",
+    chosen: "Choice",
 ) -> "tuple[DeepSpeedEngine, list[list[str]], bool | None]":
     """The engine, the names of the parameters in each optimizer group, and (on rank 0) the audit's verdict."""
     from megatron_steel.model import build
@@ -181,7 +186,8 @@ def _start_engine(
         start_from = None if checkpoint else recipe.model.init_from
         model = build.build_model(plan.config, recipe.run.seed, start_from, recipe.model.trust_code)
         causal = _audit(model, Path(recipe.run.dir).expanduser()) if dist.is_main() else None
-        return build.prepare_for_training(model, recipe.train.activation_checkpointing), causal
+        train = recipe.train
+        return build.prepare_for_training(model, train.activation_checkpointing, chosen, train.z_loss), causal
 
     model, causal = dist.together(make) or (None, None)
     groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)

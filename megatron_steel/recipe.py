@@ -132,6 +132,8 @@ class Train(_Section):
     keep_every_steps: int | None = None
     """Checkpoints of steps that this divides are never deleted: a multiple of `save_every_steps`."""
     activation_checkpointing: bool = False
+    z_loss: float = 0.0
+    """Coefficient of the squared log of the softmax's sum (PaLM 1e-4, OLMo 2 1e-5); not in the loss that is logged."""
     spike_score: float | None = None
     """A loss this many robust deviations above the last 128 (three steps in a row, or one step by ten times that)
     sends the run back to the newest checkpoint before it, without the samples around it; 6 is common, null: never."""
@@ -143,6 +145,22 @@ class Train(_Section):
     """No progress for so long: write the stacks of all ranks to the run folder and leave with exit code 70; null: never."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues when the run folder holds a whole checkpoint; `never` refuses a used folder."""
+
+
+@dataclass(frozen=True)
+class Kernels(_Section):
+    """How things are computed, never what; `auto` takes what runs on the device and never fails."""
+
+    head: Literal["auto", "chunked", "liger", "plain"] = "auto"
+    """Linear and cross-entropy: in chunks of 4096 tokens, Liger's, or whole logits."""
+    attention: Literal[
+        "auto", "cudnn", "flash", "efficient", "math", "flash_attention_2", "flash_attention_3", "flex"
+    ] = "auto"
+    """One of torch's back ends, the flash-attn package, or FlexAttention."""
+    fused: Literal["auto", "liger", "apex", "torch"] = "auto"
+    """Norm, rotary positions and SwiGLU, where layers are not compiled."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile of each decoder layer; `auto`: on a GPU where triton is."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,7 @@ class Recipe(_Section):
     train: Train
     run: Run = field(default_factory=Run)
     schedule: Schedule = field(default_factory=Schedule)
+    kernels: Kernels = field(default_factory=Kernels)
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -297,7 +316,7 @@ def _impossible_values(recipe: Recipe) -> list[str]:
     ]
     shares = {"schedule.decay_ratio": s.decay_ratio, "schedule.min_lr_ratio": s.min_lr_ratio}
     problems += [f"{key}: {value} is not between 0 and 1" for key, value in shares.items() if not 0 <= value <= 1]
-    not_below = {"optim.weight_decay": o.weight_decay, "optim.clip_grad_norm": o.clip_grad_norm,
+    not_below = {"train.z_loss": t.z_loss, "optim.weight_decay": o.weight_decay, "optim.clip_grad_norm": o.clip_grad_norm,
                  "schedule.warmup_steps": s.warmup_steps}  # fmt: skip
     problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if not 0 <= value < math.inf]
     if not all(0 <= beta < 1 for beta in o.betas):

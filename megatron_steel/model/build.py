@@ -2,7 +2,7 @@
 
     config = build_config(recipe.model, tokenizer_vocab_size)     Steel, any transformers class, any folder
     model  = build_model(config, seed, init_from)                 whole, fp32, on the CPU, equal on every rank
-    model  = prepare_for_training(model, activation_checkpointing)
+    model  = prepare_for_training(model, activation_checkpointing, kernels, z_loss)
     loss   = model(input_ids=..., labels=..., document_ids=...)   the SUM over tokens
 
 Building the whole model first and sharding it afterwards is deliberate: `deepspeed.zero.Init` around a transformers
@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_steel.errors import SteelError
+from megatron_steel.model import regions
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.folder import is_own_code, refuse_outside
 from megatron_steel.model.modeling_steel import MIXTURES, SteelForCausalLM
@@ -111,7 +112,8 @@ def decay_groups(model: nn.Module, weight_decay: float, on: str = "matrices") ->
 
 def fetched_whole(model: nn.Module) -> list[nn.Module]:
     """Modules that read the weights of their children themselves, so that ZeRO-3 must fetch all of them at once."""
-    return [module for module in model.modules() if isinstance(module, MIXTURES)]
+    mixtures = [module for module in model.modules() if isinstance(module, MIXTURES)]
+    return mixtures + regions.compiled_layers(model)
 
 
 def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:

@@ -10,7 +10,7 @@ workspaces and the buffers of ZeRO are not in it. Knows configurations only.
 from transformers import PretrainedConfig
 
 from megatron_steel.model.configuration_steel import SteelConfig
-from megatron_steel.model.head import CHUNK_TOKENS
+from megatron_steel.model.head import BLOCK_NUMBERS, CHUNK_TOKENS
 from megatron_steel.model.mixture_steel import BLOCK, CHUNK
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -41,10 +41,9 @@ def activation_bytes_per_sample(
 
 
 def head_bytes(config: PretrainedConfig, tokens: int, precision: str = "bf16") -> int:
-    """Bytes of the chunk of logits that is alive at one time: in the compute dtype and in fp32."""
-    rows = min(tokens, CHUNK_TOKENS)
-    extra = 0 if precision == "fp32" else _BYTES[precision]
-    return rows * config.get_text_config().vocab_size * (4 + extra)
+    """Bytes of the chunk of logits that is alive at one time, and of the block of it that is alive in fp32."""
+    numbers = min(tokens, CHUNK_TOKENS) * config.get_text_config().vocab_size
+    return numbers * _BYTES[precision] + (0 if precision == "fp32" else 4 * min(numbers, BLOCK_NUMBERS))
 
 
 def largest_micro_batch(
