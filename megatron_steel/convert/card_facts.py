@@ -101,10 +101,20 @@ def _run_length(manifest: dict[str, Any]) -> int | None:
 
 
 def _schedule(lr: float, schedule: dict[str, Any]) -> str:
-    said = f"peak {lr:g}, {schedule['name']}, {schedule['warmup_steps']:,} warm-up steps"
+    said = f"peak {lr:g}, {schedule['name']}, {_warmup(schedule)}"
     if schedule["name"] == "wsd":
-        said += f", decay over the last {schedule['decay_ratio']:.0%} of the steps"
+        said += (
+            f", {schedule.get('decay_shape', 'linear')} decay over the last {schedule['decay_ratio']:.0%} of the steps"
+        )
     return said if schedule["name"] == "constant" else f"{said}, {schedule['min_lr_ratio']:.0%} of the peak at the end"
+
+
+def _warmup(schedule: dict[str, Any]) -> str:
+    if schedule.get("warmup_tokens"):
+        return f"{schedule['warmup_tokens']:,} warm-up tokens"
+    if schedule.get("warmup_ratio"):
+        return f"warm-up over {schedule['warmup_ratio']:.1%} of the steps"
+    return f"{schedule['warmup_steps']:,} warm-up steps"
 
 
 def _speed(metrics: Metrics) -> Rows:

@@ -21,7 +21,7 @@ from megatron_steel.errors import Stopped, TrainingError
 from megatron_steel.recipe import Recipe
 from megatron_steel.train.health import Health, by_layer, extremes
 from megatron_steel.train.monitor import METRICS, Monitor, progress_line, read_metrics
-from megatron_steel.train.optimizer import learning_rate
+from megatron_steel.train.schedule import learning_rate
 from megatron_steel.train.spikes import Spikes
 from megatron_steel.train.watch import Watch
 
@@ -145,7 +145,9 @@ def train_step(job: Job) -> StepResult:
     tokens = int(dist.sum_over_ranks([float(sum(int((b["labels"] != -100).sum()) for b in micro_batches))])[0])
     # Dropout is the same after a resume; the generator takes 63 bits.
     torch.manual_seed(((recipe.run.seed * 1_000_003 + job.step) * 8191 + dist.rank()) % 2**63)
-    lr = learning_rate(job.step, recipe.schedule, recipe.optim.lr, job.steps)
+    seen = job.tokens + tokens
+    total = seen + (job.steps - job.step) * tokens
+    lr = learning_rate(recipe.schedule, recipe.optim.lr, job.step, job.steps, seen, total)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)

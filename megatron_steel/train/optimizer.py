@@ -1,42 +1,19 @@
-"""The optimizer ladder and the learning-rate schedule.
+"""The optimizer ladder: `choose` names the kernel, `build` makes the optimizer.
 
-`choose` names the kernel, `build` makes the optimizer, `learning_rate` is a pure function of the step, so that
-a schedule has no state to save. Knows nothing of ZeRO: sharding wraps what is built here.
+Knows nothing of ZeRO: sharding wraps what is built here.
 """
 
 import importlib
-import math
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel.errors import SteelError
-from megatron_steel.recipe import Optim, Schedule
+from megatron_steel.recipe import Optim
 
 if TYPE_CHECKING:
     import torch
-
-
-def learning_rate(step: int, schedule: Schedule, peak: float, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (1-based) of `total_steps`.
-
-    Linear warm-up to the peak, then: `constant`; `linear` or `cosine` down to `min_lr_ratio * peak` at the last
-    step; `wsd` (MiniCPM, arXiv 2404.06395, section 4) stays at the peak and falls linearly over the last
-    `decay_ratio` of the steps.
-    """
-    floor = schedule.min_lr_ratio
-    if step <= schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
-    after, span = step - schedule.warmup_steps, max(1, total_steps - schedule.warmup_steps)
-    if schedule.name == "constant":
-        return peak
-    if schedule.name == "wsd":
-        span = max(1, round(schedule.decay_ratio * total_steps))
-        after = step - (total_steps - span)
-    progress = min(1.0, max(0.0, after / span))
-    share = (1 + math.cos(math.pi * progress)) / 2 if schedule.name == "cosine" else 1 - progress
-    return peak * (floor + (1 - floor) * share)
 
 
 def choose(kernel: str, device: str, offload: bool) -> str:
