@@ -96,6 +96,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     from megatron_steel.train.monitor import Monitor
 
     folder = Path(recipe.run.dir).expanduser()
+    dist.together(lambda: engines.refuse_precision(recipe.train.precision, device))
     plan = preflight.plan_run(recipe)
     sharding = dist.together(lambda: engines.read_config(device_facts.sharding(recipe, plan, device)))
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
@@ -177,12 +178,16 @@ def _start_engine(
 
     def make() -> Any:
         start_from = None if checkpoint else recipe.model.init_from
-        model = build.build_model(plan.config, recipe.run.seed, start_from, recipe.model.trust_code)
+        model = build.build_model(
+            plan.config, recipe.run.seed, start_from, recipe.model.trust_code, recipe.model.init_std
+        )
         causal = _audit(model, Path(recipe.run.dir).expanduser()) if dist.is_main() else None
         return build.prepare_for_training(model, recipe.train.activation_checkpointing), causal
 
     model, causal = dist.together(make) or (None, None)
-    groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)
+    o = recipe.optim
+    muon = (o.muon_lr or o.lr) / o.lr if o.name == "muon" else None
+    groups = build.decay_groups(model, o.weight_decay, o.weight_decay_on, o.lr_ratio, muon)
     names = {id(p): name for name, p in model.named_parameters()}
     group_names = [[names[id(p)] for p in group["params"]] for group in groups]
     return engines.start_engine(model, groups, recipe.optim, config, device), group_names, causal

@@ -55,6 +55,8 @@ class Model(_Section):
     """Allow modelling code that lies in `model.path`."""
     init_from: str | None = None
     """A Hugging Face folder whose weights the run starts from."""
+    init_std: dict[str, float] = field(default_factory=dict)
+    """{pattern of parameter names: standard deviation} where it is not the class's own; the first that matches decides."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,22 @@ class Data(_Section):
 class Optim(_Section):
     lr: float
     """Peak learning rate."""
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """`muon`: for the matrices between embeddings and head, AdamW for the rest."""
     kernel: Literal["auto", "apex", "deepspeed", "torch"] = "auto"
     """Which fused Adam; `auto` takes the fastest that is present and compiles nothing."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    weight_decay_on: Literal["matrices", "matrices_without_embeddings", "all"] = "matrices"
     """`matrices`: tensors of two and more dimensions; `all`: norms and biases too."""
+    lr_ratio: dict[str, float] = field(default_factory=dict)
+    """{pattern of parameter names: factor on the learning rate}; the first that matches decides."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon's matrices; `lr` when left out."""
+    muon_momentum: float = 0.95
+    muon_adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """torch.optim.Muon's: `match_rms_adamw` makes steps as large as AdamW's, so that its rates hold."""
     clip_grad_norm: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
 
@@ -120,7 +130,8 @@ class Train(_Section):
     steps: int | None = None
     tokens: int | None = None
     epochs: float | None = None
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """`fp16`: with a dynamic loss scale, on a GPU."""
     log_every_steps: int = 10
     eval_every_steps: int = 500
     eval_samples: int = 256
@@ -290,6 +301,8 @@ def _impossible_values(recipe: Recipe) -> list[str]:
         "train.eval_samples": t.eval_samples, "train.save_every_steps": t.save_every_steps,
         "train.keep_last": t.keep_last, "train.keep_every_steps": t.keep_every_steps,
         "train.stop_after_minutes": t.stop_after_minutes, "train.spike_score": t.spike_score,
+        "optim.muon_lr": o.muon_lr, **{f"optim.lr_ratio.{k}": v for k, v in o.lr_ratio.items()},
+        **{f"model.init_std.{k}": v for k, v in recipe.model.init_std.items()},
         "train.hang_after_seconds": t.hang_after_seconds, "schedule.horizon_ratio": s.horizon_ratio,
     }  # fmt: skip
     problems = [
@@ -303,6 +316,12 @@ def _impossible_values(recipe: Recipe) -> list[str]:
     not_below = {"optim.weight_decay": o.weight_decay, "optim.clip_grad_norm": o.clip_grad_norm,
                  "schedule.warmup_steps": s.warmup_steps, "schedule.warmup_tokens": s.warmup_tokens or 0}  # fmt: skip
     problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if not 0 <= value < math.inf]
+    if not 0 <= o.muon_momentum < 1:
+        problems.append(f"optim.muon_momentum: {o.muon_momentum} is not in [0, 1)")
+    if o.muon_lr is not None and o.name != "muon":
+        problems.append(f"optim.muon_lr: optim.name is {o.name}, not muon")
+    if recipe.model.init_std and recipe.model.init_from:
+        problems.append("model.init_std: the weights come from model.init_from and are not drawn")
     if s.name == "wsd" and s.decay_shape == "exponential" and not s.min_lr_ratio:
         problems.append("schedule.min_lr_ratio: an exponential decay never comes to 0: set where it ends")
     if s.name == "one_cycle" and s.warmup_tokens is not None:

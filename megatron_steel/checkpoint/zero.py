@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CLIENT_STATE = "megatron_steel"  # our key among DeepSpeed's own in a checkpoint: {"group_names": [[...], ...]}
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in every kernel
+MOMENTUM = ("momentum_buffer",)  # of Muon
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # the engine's own
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # All that DeepSpeed 0.19.8 puts into its files beside tensors and plain values.
@@ -236,7 +237,8 @@ def _end_to_end(shapes: list[dict[str, Any]], parts: list[dict[str, Any]], file:
     """
     found, step = [], 0
     for number, group in enumerate(shapes):
-        flats, step = _moments(parts, "base_optimizer_state", number)
+        flats, counted = _moments(parts, "base_optimizer_state", number)
+        step = max(step, counted)
         flats[WEIGHT] = [part["single_partition_of_fp32_groups"][number] for part in parts]
         paddings = (parts[0].get("param_alignment_paddings") or {number: [0] * len(group)})[number]
         at = 0
@@ -250,7 +252,8 @@ def _stage3(shapes: list[dict[str, Any]], parts: list[dict[str, Any]], file: Pat
     """Stage 3: every parameter is cut evenly over the ranks, and each rank lays its cuts of a sub-group end to end."""
     found, step = [], 0
     for number, group in enumerate(shapes):
-        flats, step = _moments(parts, "optimizer_state_dict", number)
+        flats, counted = _moments(parts, "optimizer_state_dict", number)
+        step = max(step, counted)
         flats[WEIGHT] = [part["fp32_flat_groups"][number] for part in parts]
         at = 0
         for name, shape in group.items():
@@ -279,15 +282,21 @@ def _stage0(state: dict[str, Any], file: Path) -> tuple[list[Stored], int]:
     masters = optimizer.get("fp32_groups") or [[module[name] for name in group] for group in groups]
     for group, weights in zip(groups, masters, strict=True):
         for name, weight in zip(group, weights, strict=True):
-            flats, step = _moments([{"inner": inner}], "inner", len(found))
+            flats, counted = _moments([{"inner": inner}], "inner", len(found))
+            step = max(step, counted)
             pieces = {key: [tensor.flatten() for tensor in each] for key, each in flats.items()}
             found.append(Stored(name, tuple(weight.shape), 0, {WEIGHT: [weight.flatten()], **pieces}, file))
     return found, step
 
 
 def _moments(parts: list[dict[str, Any]], key: str, number: int) -> "tuple[dict[str, list[torch.Tensor]], int]":
-    """Of the optimizer's tensor `number`: its moments on every rank (none before the first step), and Adam's counter."""
+    """Of the optimizer's tensor `number`: its moments on every rank (none before the first step), and Adam's counter.
+
+    Muon's tensors have a momentum and no counter.
+    """
     states = [part[key]["state"].get(number, {}) for part in parts]
+    if all(quantity in state for state in states for quantity in MOMENTUM):
+        return {quantity: [state[quantity] for state in states] for quantity in MOMENTUM}, 0
     if any(quantity not in state for state in states for quantity in MOMENTS):
         return {}, 0
     # torch and DeepSpeed count in each tensor's state, apex in the group's settings.

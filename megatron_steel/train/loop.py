@@ -149,7 +149,7 @@ def train_step(job: Job) -> StepResult:
     total = seen + (job.steps - job.step) * tokens
     lr = learning_rate(recipe.schedule, recipe.optim.lr, job.step, job.steps, seen, total)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     # DeepSpeed divides by ranks and micro-batches; multiplying first leaves sum / tokens.
     scale = dist.world_size() * len(micro_batches) / max(1, tokens)
@@ -239,6 +239,8 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
         "skipped_steps": job.watch.skipped_steps,
         **extremes(health),
     }
+    if job.engine.fp16_enabled():
+        row["loss_scale"] = float(job.engine.optimizer.cur_scale)
     if job.peak_flops:
         row["share_of_peak"] = tokens_per_second * job.flops_per_token / (job.peak_flops * dist.world_size())
     job.monitor.scalars(job.step, row, by_layer(health))

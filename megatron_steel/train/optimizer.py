@@ -16,12 +16,29 @@ if TYPE_CHECKING:
     import torch
 
 
-def choose(kernel: str, device: str, offload: bool) -> str:
+def refuse_sharding(optim: Optim, stage: int, offload: bool) -> None:
+    """Raise SteelError where ZeRO would hand the optimizer pieces of what it needs whole, and it would learn silently wrong."""
+    highest = {"adamw": 3, "muon": 2, "adafactor": 0}[optim.name]
+    if stage <= highest and not (offload and optim.name != "adamw"):
+        return
+    why = {"muon": "makes whole matrices orthogonal, and this sharding cuts every one of them or takes them off the device",
+           "adafactor": "factors whole matrices, and ZeRO lays them end to end"}[optim.name]  # fmt: skip
+    files = [f"zero{number}.json" for number in range(highest + 1)]
+    raise SteelError(f"{optim.name} {why}", f"optim.name={optim.name} with ZeRO {stage}{' and offload' if offload else ''}",
+                     f"use deepspeed.config={' or '.join(files)}, or optim.name=adamw")  # fmt: skip
+
+
+def choose(kernel: str, device: str, offload: bool, name: str = "adamw") -> str:
     """The fused Adam that `optim.kernel` means on this device: `apex`, `deepspeed` or `torch`.
 
     `auto` never fails and never compiles: NVIDIA's apex when it is installed, DeepSpeed's when it was built in
-    advance, else torch's fused AdamW. Raises SteelError when the kernel asked for cannot run here.
+    advance, else torch's fused AdamW. Other optimizers are torch's. Raises SteelError when the kernel asked for cannot
+    run here.
     """
+    if name != "adamw":
+        if kernel not in ("auto", "torch"):
+            raise SteelError(f"{name} has no {kernel} kernel", f"optim.kernel={kernel}", "use optim.kernel=auto")
+        return "torch"
     if kernel == "auto":
         if device == "cuda" and not offload and _has_apex():
             return "apex"
@@ -41,10 +58,15 @@ def choose(kernel: str, device: str, offload: bool) -> str:
 def build(
     kernel: str, groups: list[dict[str, Any]], optim: Optim, device: str, offload: bool
 ) -> "torch.optim.Optimizer":
-    """AdamW over parameter groups (each with its own `weight_decay`), in the kernel that `choose` returned.
+    """The optimizer over parameter groups (each with its own `weight_decay`), AdamW in the kernel that `choose` returned.
 
-    The learning rate is 0 until the loop sets it: DeepSpeed makes an empty step at start, which must not decay.
+    The learning rate is 0 until the loop sets it: DeepSpeed makes an empty step at start, which must not decay. Adafactor
+    (arXiv 1804.04235) has no first moment, takes steps relative to each tensor's RMS and never a rate above 1 / sqrt(step).
     """
+    if optim.name == "adafactor":
+        import torch
+
+        return torch.optim.Adafactor(groups, lr=0.0)
     settings: dict[str, Any] = {"lr": 0.0, "betas": tuple(optim.betas), "eps": optim.eps}
     if kernel == "apex":
         return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **settings)
@@ -56,6 +78,10 @@ def build(
         return FusedAdam(groups, adam_w_mode=True, **settings)
     import torch
 
+    if optim.name == "muon":
+        from megatron_steel.train.muon import Muon
+
+        return Muon(groups, optim.muon_momentum, optim.muon_adjust_lr_fn, fused=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 

@@ -1,0 +1,38 @@
+"""Not a test: a recipe's first steps in torch alone: one process, the whole batch at once, the model's own forward in fp32."""
+
+import math
+
+import torch
+
+from megatron_steel import preflight
+from megatron_steel.data.order import next_batch
+from megatron_steel.model import build
+
+
+def plain_loop(recipe, steps, optimizers_of):
+    """Losses and gradient norms of `steps` steps with `tiny_recipe`'s schedule (cosine after 2 steps, to a tenth).
+
+    Args:
+        optimizers_of: of the model: [(torch optimizer, peak learning rate), ...].
+    """
+    plan = preflight.plan_run(recipe)
+    order = preflight.plan_order(recipe, plan.train, steps, None)
+    data = preflight.open_dataset(plan.train, order)
+    model = build.build_model(plan.config, recipe.run.seed)
+    optimizers = optimizers_of(model)
+    losses, norms = [], []
+    for step in range(1, steps + 1):
+        numbers, order = next_batch(order, recipe.train.global_batch_size)
+        blocks = torch.stack([torch.from_numpy(data.tokens(int(n))) for n in numbers])
+        logits = model(input_ids=blocks[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        share = step / 2 if step <= 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / (steps - 2))) / 2
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * share
+            optimizer.step()
+        losses.append(float(loss))
+    return losses, norms
