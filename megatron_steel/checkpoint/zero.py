@@ -237,8 +237,7 @@ def _end_to_end(shapes: list[dict[str, Any]], parts: list[dict[str, Any]], file:
     """
     found, step = [], 0
     for number, group in enumerate(shapes):
-        flats, counted = _moments(parts, "base_optimizer_state", number)
-        step = max(step, counted)
+        flats, step = _moments(parts, "base_optimizer_state", number)
         flats[WEIGHT] = [part["single_partition_of_fp32_groups"][number] for part in parts]
         paddings = (parts[0].get("param_alignment_paddings") or {number: [0] * len(group)})[number]
         at = 0
@@ -252,8 +251,7 @@ def _stage3(shapes: list[dict[str, Any]], parts: list[dict[str, Any]], file: Pat
     """Stage 3: every parameter is cut evenly over the ranks, and each rank lays its cuts of a sub-group end to end."""
     found, step = [], 0
     for number, group in enumerate(shapes):
-        flats, counted = _moments(parts, "optimizer_state_dict", number)
-        step = max(step, counted)
+        flats, step = _moments(parts, "optimizer_state_dict", number)
         flats[WEIGHT] = [part["fp32_flat_groups"][number] for part in parts]
         at = 0
         for name, shape in group.items():
@@ -282,27 +280,22 @@ def _stage0(state: dict[str, Any], file: Path) -> tuple[list[Stored], int]:
     masters = optimizer.get("fp32_groups") or [[module[name] for name in group] for group in groups]
     for group, weights in zip(groups, masters, strict=True):
         for name, weight in zip(group, weights, strict=True):
-            flats, counted = _moments([{"inner": inner}], "inner", len(found))
-            step = max(step, counted)
+            flats, step = _moments([{"inner": inner}], "inner", len(found))
             pieces = {key: [tensor.flatten() for tensor in each] for key, each in flats.items()}
             found.append(Stored(name, tuple(weight.shape), 0, {WEIGHT: [weight.flatten()], **pieces}, file))
     return found, step
 
 
 def _moments(parts: list[dict[str, Any]], key: str, number: int) -> "tuple[dict[str, list[torch.Tensor]], int]":
-    """Of the optimizer's tensor `number`: its moments on every rank (none before the first step), and Adam's counter.
-
-    Muon's tensors have a momentum and no counter.
-    """
+    """Of the optimizer's tensor `number`: its moments on every rank (none before the first step), and its counter."""
     states = [part[key]["state"].get(number, {}) for part in parts]
-    if all(quantity in state for state in states for quantity in MOMENTUM):
-        return {quantity: [state[quantity] for state in states] for quantity in MOMENTUM}, 0
-    if any(quantity not in state for state in states for quantity in MOMENTS):
+    found = MOMENTUM if MOMENTUM[0] in states[0] else MOMENTS
+    if any(quantity not in state for state in states for quantity in found):
         return {}, 0
     # torch and DeepSpeed count in each tensor's state, apex in the group's settings.
     group = next(g for g in parts[0][key]["param_groups"] if number in g["params"])
     step = int(states[0]["step"] if "step" in states[0] else group["step"])
-    return {quantity: [state[quantity] for state in states] for quantity in MOMENTS}, step
+    return {quantity: [state[quantity] for state in states] for quantity in found}, step
 
 
 class _Joined(Mapping[str, "torch.Tensor"]):

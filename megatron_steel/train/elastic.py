@@ -162,8 +162,6 @@ def _make_states(engine: "DeepSpeedEngine", step: int) -> None:
                 state[moment].zero_()
             else:
                 state[moment] = torch.zeros_like(flat, requires_grad=False)
-        if flat in of_muon:
-            continue
         if isinstance(base, torch.optim.AdamW):
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
         elif not in_group:

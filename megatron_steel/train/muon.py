@@ -89,7 +89,9 @@ class Muon(torch.optim.AdamW):
     def _step_matrices(self, flat: torch.Tensor, group: dict[str, Any]) -> None:
         state, beta = self.state[flat], group["momentum"]
         if MOMENTUM not in state:
+            state["step"] = torch.zeros(())  # as AdamW counts, and as its loading expects
             state[MOMENTUM] = torch.zeros_like(flat)
+        state["step"] += 1
         mean = state[MOMENTUM].lerp_(flat.grad, 1 - beta)
         update = flat.grad.lerp(mean, beta).flatten()
         together = update.new_zeros(self._exchanged.get(flat, 0))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _FAILED_SAVES = 3  # in a row
+_OF_LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's, all that moves
 _TIDY_UP = "tidy up checkpoints"  # the thread that deletes old ones
 
 
@@ -81,7 +82,7 @@ def save(
     first = first_checkpoint_bytes(facts["parameters"])
     entry = {**dataclasses.asdict(progress), **facts, "layout": elastic.layout_of(engine), "versions": versions()}
     if engine.fp16_enabled():
-        entry["loss_scale"] = float(engine.optimizer.cur_scale)
+        entry["loss_scaler"] = {name: getattr(engine.optimizer.loss_scaler, name) for name in _OF_LOSS_SCALER}
     path = commit.write(folder, progress.step, write_files, entry, first)
     dist.together(tidy_up, only=dist.is_main())
     return path
@@ -204,8 +205,9 @@ def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progres
     else:
         dist.log.info("%s", _what_changed(before, now))
         elastic.load(engine, path)
-        if engine.fp16_enabled() and checkpoint.manifest.get("loss_scale"):
-            optimizer.cur_scale = checkpoint.manifest["loss_scale"]
+        if engine.fp16_enabled():
+            for name, value in checkpoint.manifest.get("loss_scaler", {}).items():
+                setattr(optimizer.loss_scaler, name, value)
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         group.update(wanted)
     if clip is not None:

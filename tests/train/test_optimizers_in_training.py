@@ -16,7 +16,7 @@ from megatron_steel.train.elastic import Place
 
 STEPS = 6
 MUON = ["optim.name=muon", "optim.muon_lr=3e-2"]
-ADAFACTOR = ["optim.name=adafactor", "optim.lr=3e-2", "deepspeed.config=zero0.json"]
+ADAFACTOR = ["optim.name=adafactor", "optim.lr=0.5", "deepspeed.config=zero0.json"]
 # Newton and Schulz iterate in bf16: where fp32 sums differ in their last bit, a step may differ in bf16's last.
 NOISE = {"muon": 2e-3, "adafactor": 2e-6}
 
@@ -57,7 +57,7 @@ def _muon_and_adamw(model):
 
 
 def _adafactor(model):
-    return [(torch.optim.Adafactor(_decayed(list(model.parameters())), lr=0.0), 3e-2)]
+    return [(torch.optim.Adafactor(_decayed(list(model.parameters())), lr=0.0), 0.5)]
 
 
 PLAIN = {"muon": (MUON, _muon_and_adamw), "adafactor": (ADAFACTOR, _adafactor)}

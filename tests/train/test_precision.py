@@ -107,7 +107,8 @@ def test_an_overflow_costs_a_step_and_halves_the_scale_also_across_a_change_of_s
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     shutil.rmtree(tmp_path / "other" / "checkpoints" / name_of(9))
     other = train("other", *FP16, "deepspeed.config=zero2.json", "train.steps=9", "schedule.name=constant")
-    assert [other[s]["loss_scale"] for s in other] == scales
+    assert other[7]["loss_scale"] in (scales[5], scales[5] / 2)  # not the 2^16 that it began with
+    assert other[7]["skipped_steps"] in (skipped[5], skipped[5] + 1)
 
 
 @pytest.mark.gpu
