@@ -66,7 +66,9 @@ def build(
     if optim.name == "adafactor":
         import torch
 
-        return torch.optim.Adafactor(groups, lr=0.0)
+        # torch's own eps1 (1.2e-7) stands beside mean squares of gradients, which are far smaller in language models: the
+        # factors would drop out. This one does not, and its square is still a normal fp32 number.
+        return torch.optim.Adafactor(groups, lr=0.0, eps=(1e-18, 1e-3))
     settings: dict[str, Any] = {"lr": 0.0, "betas": tuple(optim.betas), "eps": optim.eps}
     if kernel == "apex":
         return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **settings)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from plain_loop import plain_loop
 from torch import nn
+from transformers.optimization import Adafactor
 
 from megatron_steel import cli
 from megatron_steel.checkpoint.commit import name_of
@@ -57,7 +58,7 @@ def _muon_and_adamw(model):
 
 
 def _adafactor(model):
-    return [(torch.optim.Adafactor(_decayed(list(model.parameters())), lr=0.0), 0.5)]
+    return [(torch.optim.Adafactor(_decayed(list(model.parameters())), lr=0.0, eps=(1e-18, 1e-3)), 0.5)]
 
 
 PLAIN = {"muon": (MUON, _muon_and_adamw), "adafactor": (ADAFACTOR, _adafactor)}
@@ -89,6 +90,28 @@ def test_one_step_class_is_torch_s_two(adjust):
                 each.step()
         weights.append(new)
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_adafactor_is_the_paper_s_also_where_gradients_are_small(size):
+    """Over 20 steps against transformers' Adafactor with an outer learning rate (its eps1 is the paper's, 1e-30)."""
+    weights = []
+    for ours in (True, False):
+        generator = torch.Generator().manual_seed(3)
+        new = [nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((9, 4), (5, 5), (7,))]
+        if ours:
+            optim = Optim(lr=1.0, name="adafactor")
+            one = optimizer.build("torch", [{"params": new, "weight_decay": 0.0}], optim, "cpu", offload=False)
+        else:
+            one = Adafactor(new, lr=1.0, scale_parameter=True, relative_step=False)
+        for step in range(20):
+            for p in new:
+                p.grad = size * torch.randn(p.shape, generator=generator) * torch.rand(p.shape, generator=generator)
+            one.param_groups[0]["lr"] = 0.1 / (step + 1)
+            one.step()
+        weights.append(new)
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
