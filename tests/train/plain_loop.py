@@ -3,10 +3,16 @@
 import math
 
 import torch
+from torch import nn
 
 from megatron_steel import preflight
 from megatron_steel.data.order import next_batch
 from megatron_steel.model import build
+
+# Three layers: between two ranks the cut goes through a matrix of the second.
+MUON = ["optim.name=muon", "optim.muon_lr=3e-2", "model.config.num_hidden_layers=3"]
+# Loss. Newton and Schulz iterate in bf16: where fp32 sums differ in their last bit, a step may differ in bf16's last.
+MUON_NOISE = 2e-3
 
 
 def plain_loop(recipe, steps, optimizers_of):
@@ -36,3 +42,19 @@ def plain_loop(recipe, steps, optimizers_of):
             optimizer.step()
         losses.append(float(loss))
     return losses, norms
+
+
+def decayed(parameters):
+    """AdamW's groups: decay on matrices only."""
+    return [
+        {"params": [p for p in parameters if (p.ndim >= 2) == two], "weight_decay": 0.1 * two} for two in (True, False)
+    ]
+
+
+def muon_and_adamw(model):
+    """torch's Muon for the matrices between embeddings and head, torch's AdamW for the rest, at `MUON`'s rates."""
+    ends = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(model.lm_head.weight)}
+    hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
+    rest = [p for p in model.parameters() if p.ndim != 2 or id(p) in ends]
+    muon = torch.optim.Muon(hidden, lr=0.0, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [(muon, 3e-2), (torch.optim.AdamW(decayed(rest), lr=0.0, betas=(0.9, 0.95)), 1e-2)]

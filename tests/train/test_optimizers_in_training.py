@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from plain_loop import plain_loop
+from plain_loop import MUON, MUON_NOISE, decayed, muon_and_adamw, plain_loop
 from torch import nn
 from transformers.optimization import Adafactor
 
@@ -16,11 +16,8 @@ from megatron_steel.train import engine, optimizer
 from megatron_steel.train.elastic import Place
 
 STEPS = 6
-# Three layers: between two ranks the cut goes through a matrix of the second.
-MUON = ["optim.name=muon", "optim.muon_lr=3e-2", "model.config.num_hidden_layers=3"]
 ADAFACTOR = ["optim.name=adafactor", "optim.lr=0.5", "deepspeed.config=zero0.json"]
-# Newton and Schulz iterate in bf16: where fp32 sums differ in their last bit, a step may differ in bf16's last.
-NOISE = {"muon": 2e-3, "adafactor": 2e-6}
+NOISE = {"muon": MUON_NOISE, "adafactor": 2e-6}
 
 
 @pytest.fixture
@@ -44,25 +41,11 @@ def _cut(source, target, step=3):
     assert [p.name for p in (target / "checkpoints").iterdir()] == [name_of(step)]
 
 
-def _decayed(parameters):
-    return [
-        {"params": [p for p in parameters if (p.ndim >= 2) == two], "weight_decay": 0.1 * two} for two in (True, False)
-    ]
-
-
-def _muon_and_adamw(model):
-    ends = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(model.lm_head.weight)}
-    hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
-    rest = [p for p in model.parameters() if p.ndim != 2 or id(p) in ends]
-    muon = torch.optim.Muon(hidden, lr=0.0, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return [(muon, 3e-2), (torch.optim.AdamW(_decayed(rest), lr=0.0, betas=(0.9, 0.95)), 1e-2)]
-
-
 def _adafactor(model):
-    return [(torch.optim.Adafactor(_decayed(list(model.parameters())), lr=0.0, eps=(1e-18, 1e-3)), 0.5)]
+    return [(torch.optim.Adafactor(decayed(list(model.parameters())), lr=0.0, eps=(1e-18, 1e-3)), 0.5)]
 
 
-PLAIN = {"muon": (MUON, _muon_and_adamw), "adafactor": (ADAFACTOR, _adafactor)}
+PLAIN = {"muon": (MUON, muon_and_adamw), "adafactor": (ADAFACTOR, _adafactor)}
 
 
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
@@ -139,6 +122,7 @@ def two_ranks(tiny_recipe, launch_many, tmp_path_factory):
     return folder, kinds
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_plain_torch(two_ranks, tiny_recipe, metrics):
     folder, kinds = two_ranks
     plain = {
@@ -154,6 +138,7 @@ def test_two_ranks_equal_plain_torch(two_ranks, tiny_recipe, metrics):
         assert rows[1]["grad_norm"] == pytest.approx(norms[0], rel=1e-5)  # of the gradient, not of Muon's step
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_as_one(two_ranks, train, metrics, tmp_path):
     """The cut pieces of momentum come together; a loss differs by no more than between one and two ranks."""
     folder, kinds = two_ranks
@@ -167,6 +152,7 @@ def test_two_ranks_go_on_as_one(two_ranks, train, metrics, tmp_path):
         assert difference <= NOISE[name.split("-")[0]]
 
 
+@pytest.mark.slow
 def test_two_ranks_export(two_ranks, tmp_path):
     """The export's logits are those of the weights in the checkpoint."""
     folder, kinds = two_ranks
