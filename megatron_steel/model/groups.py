@@ -71,7 +71,9 @@ def _by_pattern(model: nn.Module, patterns: Mapping[str, float], where: str) -> 
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.0)
+            wanted = pattern.strip("*.")
+            ends = {".".join(name.split(".")[-1 - wanted.count(".") :]): name for name in names}
+            near = [ends[end] for end in difflib.get_close_matches(wanted, ends, n=3, cutoff=0.0)]
             what = f"the pattern {pattern!r} matches no parameter (a tied weight goes by its first name)"
             raise SteelError(what, where, f"the nearest names: {', '.join(near)}")
     return {n: next(v for p, v in patterns.items() if fnmatchcase(n, p)) for n in names

@@ -99,13 +99,13 @@ def test_the_bytes_do_not_depend_on_workers_or_parts(tmp_path, tiny_tokenizer, m
 
 
 def test_short_documents_are_left_out_as_if_they_had_not_been_there(tmp_path, tiny_tokenizer, small_units):
-    """Characters and tokens are two limits; whatever the cut into parts, all is counted, and validation is not moved."""
-    texts = [f"w{3 + i % 120} " * (1 + i % 7) + "x" * (i % 3) for i in range(3000)] + ["", "w5"]
+    """Characters and tokens are two limits; over several parts all is counted, and validation is not moved."""
+    texts = [f"w{3 + i % 120} " * (1 + i % 7) + "x" * (i % 3) for i in range(1000)] + ["", "w5"]
     kept = [t for t in texts if len(t) >= 12 and len(t.split()) >= 4]
     (tmp_path / "all.jsonl").write_bytes(lines(texts))
     (tmp_path / "kept.jsonl").write_bytes(lines(kept))
     limits = {"min_tokens": 4, "min_chars": 12, "validation_ratio": 0.1}
-    dropped = tokenize([tmp_path / "all.jsonl"], tiny_tokenizer, tmp_path / "a", workers=2, **limits)
+    dropped = tokenize([tmp_path / "all.jsonl"], tiny_tokenizer, tmp_path / "a", workers=1, **limits)
     filtered = tokenize([tmp_path / "kept.jsonl"], tiny_tokenizer, tmp_path / "b", workers=1, validation_ratio=0.1)
     for suffix in ("", "-validation"):
         assert content(tmp_path / f"a{suffix}") == content(tmp_path / f"b{suffix}")
