@@ -40,7 +40,7 @@ def plain_loop(recipe, steps, optimizers_of):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
             optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, norms
 
 

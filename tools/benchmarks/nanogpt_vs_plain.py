@@ -1,6 +1,6 @@
 """A small-BPE nanoGPT through `pretrain` beside the same run written in plain PyTorch: do they end at the same loss?
 
-    python tools/benchmarks/nanogpt_vs_plain.py --data DIR --runs DIR [--steps 240]
+    python tools/benchmarks/nanogpt_vs_plain.py --data DIR --runs DIR [--steps 160]
 
 Data as `tools/benchmarks/optimizers/compare.py` makes it. Both begin with the same weights and see the same batches in
 the same order; model code, loss, clipping, AdamW and schedule of the second are torch's (and transformers' GPT-2) alone.
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=160)
     a = parser.parse_args()
     folder = a.runs / "nanogpt"
     shutil.rmtree(folder, ignore_errors=True)
