@@ -33,7 +33,7 @@ def decay_groups(
 
     Raises SteelError: a pattern matches no parameter.
     """
-    ratios = _by_pattern(model, lr_ratio or {}, "optim.lr_ratio")
+    ratios = by_pattern(model, lr_ratio or {}, "optim.lr_ratio")
     embeddings, ends = _embeddings(model), _ends(model)
     groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
     for name, p in model.named_parameters():
@@ -59,15 +59,18 @@ def draw_again(model: nn.Module, std: Mapping[str, float]) -> None:
 
     Raises SteelError: a pattern matches no parameter.
     """
-    wanted = _by_pattern(model, std, "model.init_std")
+    wanted = by_pattern(model, std, "model.init_std")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name in wanted:
                 p.normal_(0.0, wanted[name])
 
 
-def _by_pattern(model: nn.Module, patterns: Mapping[str, float], where: str) -> dict[str, float]:
-    """The value of each parameter's first matching pattern."""
+def by_pattern(model: nn.Module, patterns: Mapping[str, float], where: str) -> dict[str, float]:
+    """{name: the value of the first pattern that matches it}; other parameters are not in it.
+
+    Raises SteelError, saying that it stands at `where`: a pattern matches no parameter.
+    """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -187,6 +187,8 @@ def test_a_learning_rate_ratio_is_a_learning_rate_also_after_a_resume(train, tmp
     """Ratio 0.25 for all at four times the rate: the same numbers; ratios of some matrices only: others, resumed bitwise."""
     half = train("half", "optim.lr=0.04", "optim.lr_ratio={'*': 0.25}")
     assert _losses(half) == _losses(train("plain", "optim.lr=0.01"))
+    train("wrong", "optim.lr_ratio={'*_prj.weight': 0.5}", expect=78)
+    assert not (tmp_path / "wrong").exists()  # found before anything is made
     words = ["optim.lr_ratio={'*_proj.weight': 0.25, '*norm*': 2.0}", "model.init_std={'*_proj.weight': 0.05}"]
     straight = train("straight", *words)
     assert _losses(straight) != _losses(half)
