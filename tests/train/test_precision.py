@@ -72,7 +72,7 @@ def test_where_fp16_cannot_train_it_is_refused(train, capsys):
     assert "zero1.json" in caught.value.remedy
 
 
-@pytest.mark.parametrize("file", ["zero1.json", "zero3.json"])
+@pytest.mark.parametrize("file", ["zero1.json", pytest.param("zero3.json", marks=pytest.mark.slow)])
 def test_fp16_trains_as_fp32_does_and_resumes_bitwise(file, train, half_on_cpu, tmp_path):
     half_on_cpu(2.0**10)
     words = [*FP16, f"deepspeed.config={file}"]
