@@ -49,6 +49,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     from megatron_steel.data.tokenizer import load_tokenizer
     from megatron_steel.model.build import build_config, construct
     from megatron_steel.model.flops import flops_per_token, parameters
+    from megatron_steel.model.groups import by_pattern
     from megatron_steel.model.training import require_document_mask
 
     def check() -> RunPlan:
@@ -57,6 +58,11 @@ def plan_run(recipe: Recipe) -> RunPlan:
         if recipe.data.document_mask:
             with torch.device("meta"):
                 require_document_mask(construct(config, torch.float32))
+        if recipe.optim.lr_ratio or recipe.model.init_std:
+            with torch.device("meta"):
+                model = construct(config, torch.float32)
+            by_pattern(model, recipe.optim.lr_ratio, "optim.lr_ratio")
+            by_pattern(model, recipe.model.init_std, "model.init_std")
         train = _members(recipe.data.train, config.vocab_size, tokenizer)
         validation = _members(recipe.data.validation, config.vocab_size, tokenizer) if recipe.data.validation else []
         length = recipe.data.sequence_length

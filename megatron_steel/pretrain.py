@@ -97,6 +97,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     from megatron_steel.train.monitor import Monitor
 
     folder = Path(recipe.run.dir).expanduser()
+    dist.together(lambda: engines.refuse_precision(recipe.train.precision, device))
     plan = preflight.plan_run(recipe)
     sharding = dist.together(lambda: engines.read_config(device_facts.sharding(recipe, plan, device)))
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
@@ -153,6 +154,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             spikes=spikes,
             roll_back=lambda: spikes and _roll_back(recipe, plan, engine, loader, monitor, watch, spikes),
             steps=steps,
+            total_tokens=total_tokens(recipe, steps, checkpoint),
             step=progress.step,
             tokens=progress.tokens,
             flops_per_token=plan.flops_per_token,
@@ -184,13 +186,17 @@ def _start_engine(
 
     def make() -> Any:
         start_from = None if checkpoint else recipe.model.init_from
-        model = build.build_model(plan.config, recipe.run.seed, start_from, recipe.model.trust_code)
+        model = build.build_model(
+            plan.config, recipe.run.seed, start_from, recipe.model.trust_code, recipe.model.init_std
+        )
         causal = _audit(model, Path(recipe.run.dir).expanduser()) if dist.is_main() else None
         train = recipe.train
         return build.prepare_for_training(model, train.activation_checkpointing, chosen, train.z_loss), causal
 
     model, causal = dist.together(make) or (None, None)
-    groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)
+    o = recipe.optim
+    muon = (o.muon_lr or o.lr) / o.lr if o.name == "muon" else None
+    groups = build.decay_groups(model, o.weight_decay, o.weight_decay_on, o.lr_ratio, muon)
     names = {id(p): name for name, p in model.named_parameters()}
     group_names = [[names[id(p)] for p in group["params"]] for group in groups]
     return engines.start_engine(model, groups, recipe.optim, config, device), group_names, causal
@@ -267,16 +273,20 @@ def _roll_back(
     return progress.step, progress.tokens
 
 
+def total_tokens(recipe: Recipe, steps: int, checkpoint: "Checkpoint | None") -> int:
+    """Tokens that the run will have trained on when it is complete."""
+    done = checkpoint.manifest["tokens"] if checkpoint else 0
+    return done + preflight.samples_to_come(recipe, steps, checkpoint) * recipe.data.sequence_length
+
+
 def _announce(
     recipe: Recipe, plan: preflight.RunPlan, steps: int, config: dict[str, Any], checkpoint: "Checkpoint | None"
 ) -> None:
     from megatron_steel.train.engine import zero_stage
 
-    tokens = checkpoint.manifest["tokens"] if checkpoint else 0
-    tokens += preflight.samples_to_come(recipe, steps, checkpoint) * recipe.data.sequence_length
     dist.log.info(
         "%s: %s parameters, %s steps, %s tokens, %d ranks, ZeRO %d, micro-batch %d x %d",
-        recipe.run.dir, f"{plan.parameters:,}", f"{steps:,}", f"{tokens:,}", dist.world_size(), zero_stage(config),
+        recipe.run.dir, f"{plan.parameters:,}", f"{steps:,}", f"{total_tokens(recipe, steps, checkpoint):,}", dist.world_size(), zero_stage(config),
         recipe.train.micro_batch_size, config["gradient_accumulation_steps"],
     )  # fmt: skip
     if checkpoint:

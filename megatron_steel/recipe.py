@@ -55,6 +55,8 @@ class Model(_Section):
     """Allow modelling code that lies in `model.path`."""
     init_from: str | None = None
     """A Hugging Face folder whose weights the run starts from."""
+    init_std: dict[str, float] = field(default_factory=dict)
+    """{pattern of parameter names: standard deviation} where it is not the class's own; the first that matches decides."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +81,44 @@ class Data(_Section):
 class Optim(_Section):
     lr: float
     """Peak learning rate."""
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """`muon`: for the matrices between embeddings and head, AdamW for the rest."""
     kernel: Literal["auto", "apex", "deepspeed", "torch"] = "auto"
     """Which fused Adam; `auto` takes the fastest that is present and compiles nothing."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    weight_decay_on: Literal["matrices", "matrices_without_embeddings", "all"] = "matrices"
     """`matrices`: tensors of two and more dimensions; `all`: norms and biases too."""
+    lr_ratio: dict[str, float] = field(default_factory=dict)
+    """{pattern of parameter names: factor on the learning rate}; the first that matches decides."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon's matrices; `lr` when left out."""
+    muon_momentum: float = 0.95
+    muon_adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """torch.optim.Muon's: `match_rms_adamw` makes steps as large as AdamW's, so that its rates hold."""
     clip_grad_norm: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
 
 
 @dataclass(frozen=True)
 class Schedule(_Section):
-    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    name: Literal["constant", "linear", "cosine", "wsd", "one_cycle"] = "cosine"
     warmup_steps: int = 0
+    warmup_tokens: int | None = None
+    """Instead of steps: the run's place in its schedule is then counted in tokens."""
+    warmup_ratio: float | None = None
+    """Instead of steps: a share of the run's (`one_cycle`: OneCycleLR's pct_start)."""
+    initial_lr_ratio: float = 0.0
+    """Where the warm-up begins, as a share of the peak."""
     decay_ratio: float = 0.1
     """`wsd`: the share of the run's steps that the final decay takes."""
+    decay_shape: Literal["linear", "exponential", "sqrt"] = "linear"
+    """`wsd`: how it falls; `sqrt` is 1 - sqrt(x), `exponential` min_lr_ratio^x."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
+    horizon_ratio: float = 1.0
+    """`linear`, `cosine`: where the end lies, in lengths of the run; above 1 the run stops before it."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,8 @@ class Train(_Section):
     steps: int | None = None
     tokens: int | None = None
     epochs: float | None = None
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """`fp16`: with a dynamic loss scale, on a GPU."""
     log_every_steps: int = 10
     eval_every_steps: int = 500
     eval_samples: int = 256
@@ -188,6 +209,8 @@ class Recipe(_Section):
 
 # Of the keys in one group exactly one may be set; an override of one clears the others.
 _EXCLUSIVE = (("train.steps", "train.tokens", "train.epochs"), ("model.type", "model.path"))
+# Of these at most one.
+_ALTERNATIVES = (("schedule.warmup_steps", "schedule.warmup_tokens", "schedule.warmup_ratio"),)
 
 
 class _Loader(yaml.SafeLoader):
@@ -294,6 +317,10 @@ def _conflicts(tree: dict[str, Any]) -> list[str]:
         if len(present) != 1:
             names = ", ".join(present) if present else "none of " + ", ".join(group)
             problems.append(f"{names} set: exactly one of {', '.join(group)} is needed")
+    for group in _ALTERNATIVES:
+        present = [key for key in group if _get(tree, key)]
+        if len(present) > 1:
+            problems.append(f"{', '.join(present)} set: give one of them")
     return problems
 
 
@@ -307,18 +334,31 @@ def _impossible_values(recipe: Recipe) -> list[str]:
         "train.eval_samples": t.eval_samples, "train.save_every_steps": t.save_every_steps,
         "train.keep_last": t.keep_last, "train.keep_every_steps": t.keep_every_steps,
         "train.stop_after_minutes": t.stop_after_minutes, "train.spike_score": t.spike_score,
-        "train.hang_after_seconds": t.hang_after_seconds,
+        "optim.muon_lr": o.muon_lr, **{f"optim.lr_ratio.{k}": v for k, v in o.lr_ratio.items()},
+        **{f"model.init_std.{k}": v for k, v in recipe.model.init_std.items()},
+        "train.hang_after_seconds": t.hang_after_seconds, "schedule.horizon_ratio": s.horizon_ratio,
     }  # fmt: skip
     problems = [
         f"{key}: {value} must be above 0 and finite"
         for key, value in positive.items()
         if value is not None and not 0 < value < math.inf
     ]
-    shares = {"schedule.decay_ratio": s.decay_ratio, "schedule.min_lr_ratio": s.min_lr_ratio}
+    shares = {"schedule.decay_ratio": s.decay_ratio, "schedule.min_lr_ratio": s.min_lr_ratio,
+              "schedule.initial_lr_ratio": s.initial_lr_ratio, "schedule.warmup_ratio": s.warmup_ratio or 0.0}  # fmt: skip
     problems += [f"{key}: {value} is not between 0 and 1" for key, value in shares.items() if not 0 <= value <= 1]
     not_below = {"train.z_loss": t.z_loss, "optim.weight_decay": o.weight_decay, "optim.clip_grad_norm": o.clip_grad_norm,
-                 "schedule.warmup_steps": s.warmup_steps}  # fmt: skip
+                 "schedule.warmup_steps": s.warmup_steps, "schedule.warmup_tokens": s.warmup_tokens or 0}  # fmt: skip
     problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if not 0 <= value < math.inf]
+    if not 0 <= o.muon_momentum < 1:
+        problems.append(f"optim.muon_momentum: {o.muon_momentum} is not in [0, 1)")
+    if o.muon_lr is not None and o.name != "muon":
+        problems.append(f"optim.muon_lr: optim.name is {o.name}, not muon")
+    if recipe.model.init_std and recipe.model.init_from:
+        problems.append("model.init_std: the weights come from model.init_from and are not drawn")
+    if s.name == "wsd" and s.decay_shape == "exponential" and not s.min_lr_ratio:
+        problems.append("schedule.min_lr_ratio: an exponential decay never comes to 0: set where it ends")
+    if s.name == "one_cycle" and s.warmup_tokens is not None:
+        problems.append("schedule.warmup_tokens: one_cycle is counted in steps: use schedule.warmup_ratio")
     if not all(0 <= beta < 1 for beta in o.betas):
         problems.append(f"optim.betas: {list(o.betas)} are not both in [0, 1)")
     for i, stage in enumerate(t.batch_ramp):
@@ -391,7 +431,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node.get(section), dict):
             node[section] = {}
         node = node[section]
-    for group in _EXCLUSIVE:
+    for group in (*_EXCLUSIVE, *_ALTERNATIVES):
         if key in group and value is not None:
             for other in group:
                 node.pop(other.split(".")[1], None)

@@ -70,7 +70,7 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
         batch = train["global_batch_size"]
         rows += [
             ("global batch", f"{batch:,} sequences of {length:,} tokens ({batch * length:,} tokens a step)" + _ramp_words(train)),
-            ("optimizer", f"{optim['name']}, betas {optim['betas'][0]} and {optim['betas'][1]}, eps {optim['eps']:g}, weight decay "
+            ("optimizer", f"{_optimizer(optim)}, weight decay "
              f"{optim['weight_decay']:g} on {optim['weight_decay_on']}, gradient norm " + (f"at most {optim['clip_grad_norm']:g}" if optim["clip_grad_norm"] else "not clipped")),
             ("learning rate", _schedule(optim["lr"], schedule)),
             ("precision", train["precision"]),
@@ -110,10 +110,30 @@ def _run_length(manifest: dict[str, Any]) -> int | None:
 
 
 def _schedule(lr: float, schedule: dict[str, Any]) -> str:
-    said = f"peak {lr:g}, {schedule['name']}, {schedule['warmup_steps']:,} warm-up steps"
+    said = f"peak {lr:g}, {schedule['name']}, {_warmup(schedule)}"
     if schedule["name"] == "wsd":
-        said += f", decay over the last {schedule['decay_ratio']:.0%} of the steps"
+        said += (
+            f", {schedule.get('decay_shape', 'linear')} decay over the last {schedule['decay_ratio']:.0%} of the steps"
+        )
     return said if schedule["name"] == "constant" else f"{said}, {schedule['min_lr_ratio']:.0%} of the peak at the end"
+
+
+def _optimizer(optim: dict[str, Any]) -> str:
+    if optim["name"] == "adafactor":
+        return "adafactor"
+    adamw = f"adamw, betas {optim['betas'][0]} and {optim['betas'][1]}, eps {optim['eps']:g}"
+    if optim["name"] != "muon":
+        return adamw
+    rate = optim["muon_lr"] or optim["lr"]
+    return f"muon (momentum {optim['muon_momentum']}, peak learning rate {rate:g}) for inner matrices, the rest {adamw}"
+
+
+def _warmup(schedule: dict[str, Any]) -> str:
+    if schedule.get("warmup_tokens"):
+        return f"{schedule['warmup_tokens']:,} warm-up tokens"
+    if schedule.get("warmup_ratio"):
+        return f"warm-up over {schedule['warmup_ratio']:.1%} of the steps"
+    return f"{schedule['warmup_steps']:,} warm-up steps"
 
 
 def _speed(metrics: Metrics) -> Rows:

@@ -13,7 +13,7 @@ from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.head import BLOCK_NUMBERS, CHUNK_TOKENS
 from megatron_steel.model.mixture_steel import BLOCK, CHUNK
 
-_BYTES = {"fp32": 4, "bf16": 2}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _QK_NORM = ("qwen3", "olmo2", "olmo3", "gemma3_text")
 
 
@@ -24,7 +24,7 @@ def activation_bytes_per_sample(
 
     Args:
         sequence_length: tokens of the sample.
-        precision: `fp32` or `bf16`.
+        precision: `fp32`, `bf16` or `fp16`.
         checkpointing: activation checkpointing: each layer's input, and one layer in full while it is computed again.
     """
     text = config.get_text_config()

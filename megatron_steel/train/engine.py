@@ -21,7 +21,8 @@ from megatron_steel import dist
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import fetched_whole
 from megatron_steel.recipe import Optim, Recipe, accumulation_steps
-from megatron_steel.train import optimizer
+from megatron_steel.train import elastic, optimizer
+from megatron_steel.train.muon import Muon
 
 if TYPE_CHECKING:
     import torch
@@ -92,22 +93,27 @@ def read_config(name_or_path: str) -> dict[str, Any]:
 def engine_config(recipe: Recipe, file: dict[str, Any], world_size: int) -> dict[str, Any]:
     """The whole dict for `deepspeed.initialize`: the file plus what the recipe owns.
 
-    Raises SteelError when the global batch cannot be cut into micro-batches on this many ranks.
+    Raises SteelError when the global batch cannot be cut into micro-batches on this many ranks, or when this sharding
+    cannot carry the precision or the optimizer.
     """
     stage = zero_stage(file)
+    if recipe.train.precision == "fp16" and stage == 0:
+        what = "at stage 0 DeepSpeed adds up gradients in fp16"
+        raise SteelError(what, "train.precision=fp16", "use deepspeed.config=zero1.json or above, or bf16")
+    optimizer.refuse_sharding(recipe.optim, stage, offloads_optimizer(file))
     config = {
         **file,
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(recipe.train, world_size),
         # Written out also when it is 0, because DeepSpeed clips at 1 by default. At stage 0 in fp32 the loop clips.
-        "gradient_clipping": recipe.optim.clip_grad_norm if stage > 0 or recipe.train.precision == "bf16" else 0.0,
+        "gradient_clipping": recipe.optim.clip_grad_norm if stage > 0 or recipe.train.precision != "fp32" else 0.0,
         "steps_per_print": 1 << 60,  # the loop prints
         "timers": {"throughput": {"enabled": False}},  # on by default, it waits for the device twice a micro-batch
-        "zero_allow_untested_optimizer": False,
+        "zero_allow_untested_optimizer": recipe.optim.name != "adamw",  # tested here, where it is not refused above
         "zero_force_ds_cpu_optimizer": False,  # offload runs on torch's AdamW where no compiler is
     }
-    if recipe.train.precision == "bf16":
-        config["bf16"] = {"enabled": True}
+    if recipe.train.precision != "fp32":
+        config[recipe.train.precision] = {"enabled": True}  # fp16: with DeepSpeed's dynamic loss scale, from 2^16
         if stage > 0:  # stage 0 has no fp32 gradient buffer and refuses the key
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
@@ -154,16 +160,21 @@ def start_engine(
     """
     deepspeed = quiet_deepspeed(device)
     offload = offloads_optimizer(config)
-    kernel = dist.together(lambda: optimizer.choose(optim.kernel, device.type, offload, zero_stage(config) == 3))
+    sub_groups = zero_stage(config) == 3
+    kernel = dist.together(lambda: optimizer.choose(optim.kernel, device.type, offload, sub_groups, optim.name))
     assert kernel is not None
-    dist.log.info("optimizer: AdamW by %s%s", kernel, " (optim.kernel: auto)" if optim.kernel == "auto" else "")
-    adam = optimizer.build(kernel, groups, optim, device.type, offload)
+    dist.log.info(
+        "optimizer: %s by %s%s", optim.name, kernel, " (optim.kernel: auto)" if optim.kernel == "auto" else ""
+    )
+    inner = optimizer.build(kernel, groups, optim, device.type, offload)
     fetch_mixtures_whole(model)
-    engine = deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=inner, config=config)[0]
     if hasattr(engine.optimizer, "fp32_groups") and zero_stage(config) == 0:
         # At stage 0 in bf16 DeepSpeed steps once over zeros at start and leaves Adam's counters at 1, which would
         # spoil the bias correction of every later step.
         engine.optimizer.optimizer.state.clear()
+    if isinstance(inner, Muon):
+        inner.lay_out(elastic.places(engine), {engine.param_names[p]: p.shape for p in engine.module.parameters()})
     return engine
 
 
@@ -202,6 +213,13 @@ def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None
 def is_plain(engine: "DeepSpeedEngine") -> bool:
     """True where DeepSpeed steps the optimizer itself, without a wrapper of its own."""
     return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
+
+
+def refuse_precision(precision: str, device: "torch.device") -> None:
+    """Raise SteelError where DeepSpeed has no arithmetic for it."""
+    if precision == "fp16" and device.type == "cpu":
+        what = "fp16 with a loss scale needs a GPU: DeepSpeed does not train in it on this CPU"
+        raise SteelError(what, "train.precision=fp16", "use train.precision=bf16 or fp32")
 
 
 def fetch_mixtures_whole(model: "torch.nn.Module") -> None:

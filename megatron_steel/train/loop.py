@@ -26,7 +26,7 @@ from megatron_steel.train.engine import apply_step, set_accumulation
 from megatron_steel.train.garbage import Garbage
 from megatron_steel.train.health import Health, by_layer, extremes
 from megatron_steel.train.monitor import METRICS, Monitor, progress_line, read_metrics
-from megatron_steel.train.optimizer import learning_rate
+from megatron_steel.train.schedule import learning_rate
 from megatron_steel.train.spikes import Spikes
 from megatron_steel.train.watch import Watch
 
@@ -57,6 +57,7 @@ class Job:
     position: Callable[[], dict[str, float]]
     out_of_memory: Callable[[], str]
     steps: int
+    total_tokens: int
     step: int = 0
     tokens: int = 0
     labels_ahead: Callable[[], int] = lambda: 0
@@ -163,9 +164,10 @@ def train_step(job: Job) -> StepResult:
     tokens = job.tokens_ahead or int(dist.sum_over_ranks([counted(micro_batches)])[0])
     # Dropout is the same after a resume; the generator takes 63 bits.
     torch.manual_seed(((recipe.run.seed * 1_000_003 + job.step) * 8191 + dist.rank()) % 2**63)
-    lr = learning_rate(job.step, recipe.schedule, recipe.optim.lr, job.steps)
+    seen = job.tokens + tokens
+    lr = learning_rate(recipe.schedule, recipe.optim.lr, job.step, job.steps, seen, job.total_tokens)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     # DeepSpeed divides by ranks and micro-batches; multiplying first leaves sum / tokens.
     scale = dist.world_size() * len(micro_batches) / max(1, tokens)
@@ -286,6 +288,8 @@ def log_step(job: Job, done: StepResult, steps: int, tokens: int) -> None:
         "skipped_steps": job.watch.skipped_steps,
         **extremes(health),
     }
+    if job.engine.fp16_enabled():
+        row["loss_scale"] = float(job.engine.optimizer.cur_scale)
     if job.peak_flops:
         row["share_of_peak"] = tokens_per_second * job.flops_per_token / (job.peak_flops * dist.world_size())
     job.monitor.scalars(job.step, row, by_layer(health))

@@ -1,56 +1,50 @@
-"""The optimizer ladder and the learning-rate schedule.
+"""The optimizer ladder: `choose` names the kernel, `build` makes the optimizer.
 
-`choose` names the kernel, `build` makes the optimizer, `learning_rate` is a pure function of the step, so that
-a schedule has no state to save. Knows nothing of ZeRO: sharding wraps what is built here.
+Knows nothing of ZeRO: sharding wraps what is built here.
 """
 
 import importlib
 import importlib.util
-import math
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel.errors import SteelError
-from megatron_steel.recipe import Optim, Schedule
+from megatron_steel.recipe import Optim
 
 if TYPE_CHECKING:
     import torch
 
 
-def learning_rate(step: int, schedule: Schedule, peak: float, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (1-based) of `total_steps`.
-
-    Linear warm-up to the peak, then: `constant`; `linear` or `cosine` down to `min_lr_ratio * peak` at the last
-    step; `wsd` (MiniCPM, arXiv 2404.06395, section 4) stays at the peak and falls linearly over the last
-    `decay_ratio` of the steps.
-    """
-    floor = schedule.min_lr_ratio
-    if step <= schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
-    after, span = step - schedule.warmup_steps, max(1, total_steps - schedule.warmup_steps)
-    if schedule.name == "constant":
-        return peak
-    if schedule.name == "wsd":
-        span = max(1, round(schedule.decay_ratio * total_steps))
-        after = step - (total_steps - span)
-    progress = min(1.0, max(0.0, after / span))
-    share = (1 + math.cos(math.pi * progress)) / 2 if schedule.name == "cosine" else 1 - progress
-    return peak * (floor + (1 - floor) * share)
+def refuse_sharding(optim: Optim, stage: int, offload: bool) -> None:
+    """Raise SteelError where ZeRO would hand the optimizer pieces of what it needs whole, and it would learn silently wrong."""
+    highest = {"adamw": 3, "muon": 2, "adafactor": 0}[optim.name]
+    if stage <= highest and not (offload and optim.name != "adamw"):
+        return
+    why = {"muon": "makes whole matrices orthogonal, and this sharding cuts every one of them or takes them off the device",
+           "adafactor": "factors whole matrices, and ZeRO lays them end to end"}[optim.name]  # fmt: skip
+    files = [f"zero{number}.json" for number in range(highest + 1)]
+    raise SteelError(f"{optim.name} {why}", f"optim.name={optim.name} with ZeRO {stage}{' and offload' if offload else ''}",
+                     f"use deepspeed.config={' or '.join(files)}, or optim.name=adamw")  # fmt: skip
 
 
-def choose(kernel: str, device: str, offload: bool, sub_groups: bool = False) -> str:
+def choose(kernel: str, device: str, offload: bool, sub_groups: bool = False, name: str = "adamw") -> str:
     """The fused Adam that `optim.kernel` means on this device: `apex`, `deepspeed` or `torch`.
 
     `auto` never fails and never compiles: NVIDIA's apex when it is installed, DeepSpeed's when it was built in
-    advance, else torch's fused AdamW. Raises SteelError when the kernel asked for cannot run here.
+    advance, else torch's fused AdamW. Optimizers other than AdamW are torch's. Raises SteelError when the kernel asked
+    for cannot run here.
 
     Args:
         offload: the optimizer's state lies on the CPU.
         sub_groups: parts of a parameter group are stepped one after another (ZeRO-3), each with a counter of its own;
             apex counts for the whole group.
     """
+    if name != "adamw":
+        if kernel not in ("auto", "torch"):
+            raise SteelError(f"{name} has no {kernel} kernel", f"optim.kernel={kernel}", "use optim.kernel=auto")
+        return "torch"
     if kernel == "auto":
         if _why_no_apex(device, offload, sub_groups) is None:
             return "apex"
@@ -68,10 +62,17 @@ def choose(kernel: str, device: str, offload: bool, sub_groups: bool = False) ->
 def build(
     kernel: str, groups: list[dict[str, Any]], optim: Optim, device: str, offload: bool
 ) -> "torch.optim.Optimizer":
-    """AdamW over parameter groups (each with its own `weight_decay`), in the kernel that `choose` returned.
+    """The optimizer over parameter groups (each with its own `weight_decay`), AdamW in the kernel that `choose` returned.
 
-    The learning rate is 0 until the loop sets it: DeepSpeed makes an empty step at start, which must not decay.
+    The learning rate is 0 until the loop sets it: DeepSpeed makes an empty step at start, which must not decay. Adafactor
+    (arXiv 1804.04235) has no first moment, takes steps relative to each tensor's RMS and never a rate above 1 / sqrt(step).
     """
+    if optim.name == "adafactor":
+        import torch
+
+        # torch's own eps1 (1.2e-7) stands beside mean squares of gradients, which are far smaller in language models: the
+        # factors would drop out. This one does not, and its square is still a normal fp32 number.
+        return torch.optim.Adafactor(groups, lr=0.0, eps=(1e-18, 1e-3))
     settings: dict[str, Any] = {"lr": 0.0, "betas": tuple(optim.betas), "eps": optim.eps}
     if kernel == "apex":
         return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **settings)
@@ -83,6 +84,10 @@ def build(
         return FusedAdam(groups, adam_w_mode=True, **settings)
     import torch
 
+    if optim.name == "muon":
+        from megatron_steel.train.muon import Muon
+
+        return Muon(groups, optim.muon_momentum, optim.muon_adjust_lr_fn, fused=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from deepspeed.utils.config import get_timers_config
+from plain_loop import MUON, MUON_NOISE, muon_and_adamw, plain_loop
 
 from megatron_steel.device import smallest_sharding
 from megatron_steel.errors import SteelError
@@ -76,15 +77,21 @@ def test_a_billion_parameters_on_80_gb_cards_need_no_stage_3(name, ranks):
 
 
 @pytest.fixture(scope="module")
-def curves(tiny_recipe, launch_many, metrics, tmp_path_factory):
-    """Losses of three bf16 steps on two ranks, by file."""
+def two_ranks(tiny_recipe, launch_many, tmp_path_factory):
+    """Runs under one launcher: three bf16 steps with each file, and six steps of Muon in fp32."""
     folder = tmp_path_factory.mktemp("stages")
-    names = engine.shipped_configs()
-    launch_many(2, tiny_recipe, *([f"run.dir={folder}/{name}", f"deepspeed.config={name}", "train.precision=bf16",
-                                   "train.steps=3"] for name in names))  # fmt: skip
+    runs = [[f"run.dir={folder}/{name}", f"deepspeed.config={name}", "train.precision=bf16", "train.steps=3"]
+            for name in engine.shipped_configs()]  # fmt: skip
+    launch_many(2, tiny_recipe, *runs, [f"run.dir={folder}/muon", *MUON, "deepspeed.config=zero1.json"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def curves(two_ranks, metrics):
+    """Losses of three bf16 steps on two ranks, by file."""
     found = {}
-    for name in names:
-        rows = metrics(folder / name)
+    for name in engine.shipped_configs():
+        rows = metrics(two_ranks / name)
         found[name] = [rows[step]["loss"] for step in (1, 2, 3)] + [rows[3]["validation_loss"]]
     return found
 
@@ -94,3 +101,10 @@ def test_every_shipped_file_trains_and_all_agree(curves):
     for name, losses in curves.items():
         assert losses == pytest.approx(curves["zero3.json"], abs=BF16_NOISE), name
         assert losses[2] < losses[0]
+
+
+def test_muon_over_a_matrix_that_two_ranks_share_equals_plain_torch(two_ranks, tiny_recipe, metrics):
+    losses, norms = plain_loop(load_recipe(str(tiny_recipe), MUON), 6, muon_and_adamw)
+    rows = metrics(two_ranks / "muon")
+    assert [rows[step]["loss"] for step in sorted(rows)] == pytest.approx(losses, abs=MUON_NOISE)
+    assert rows[1]["grad_norm"] == pytest.approx(norms[0], rel=1e-5)  # of the gradient, not of Muon's step
