@@ -17,7 +17,8 @@ LAYER = {
 BLIND = {1: {"data", "model", "checkpoint"}, 2: {"train", "convert", "post"}}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 DEEPSPEED_MAY_BE_IN = ("train/", "checkpoint/zero.py")
-SHIPPED = {"modeling_steel.py", "mixture_steel.py", "experts_steel.py", "configuration_steel.py"}
+SHIPPED = {"modeling_steel.py", "mixture_steel.py", "experts_steel.py", "configuration_steel.py", "modeling_nanogpt.py",
+           "configuration_nanogpt.py", "modeling_openelm.py", "configuration_openelm.py"}  # fmt: skip
 
 
 def _room(path: Path) -> str:
@@ -72,6 +73,12 @@ def test_file_keeps_the_rules_of_its_room(path):
         }, "rank variables are read in dist.py alone"
     assert len(text.splitlines()) <= 500
     assert ast.get_docstring(ast.parse(text)), "a module opens with its job"
+
+
+def test_every_shipped_file_belongs_to_a_class():
+    from megatron_steel.model.own import OWN
+
+    assert {file.name for own in OWN.values() for file in own.files} == SHIPPED
 
 
 def test_only_one_file_knows_the_byte_format():

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from megatron_steel.errors import SteelError
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.head import IGNORE, ChunkedHead
-from megatron_steel.model.modeling_steel import SteelForCausalLM
+from megatron_steel.model.own import own_class
 
 
 def _plain(config: PretrainedConfig) -> dict[str, Any]:
@@ -32,10 +32,12 @@ def _capped(config: PretrainedConfig) -> dict[str, Any]:
     return {"logit_cap": config.final_logit_softcapping}
 
 
-# transformers classes whose logits are head(base model's last hidden state), and what they do to them afterwards.
+# Classes whose logits are head(base model's last hidden state), and what they do to them afterwards.
 # tests/model/test_training.py proves each line against the class's own forward.
 _HEADS: dict[str, Callable[[PretrainedConfig], dict[str, Any]]] = {
     "SteelForCausalLM": _plain,
+    "NanoGPTForCausalLM": _plain,
+    "OpenELMForCausalLM": _plain,
     "LlamaForCausalLM": _plain,
     "MistralForCausalLM": _plain,
     "Qwen2ForCausalLM": _plain,
@@ -71,7 +73,7 @@ def prepare_for_training(model: PreTrainedModel, activation_checkpointing: bool 
     if activation_checkpointing:
         _enable_checkpointing(model)
     name = type(model).__name__
-    known = isinstance(model, SteelForCausalLM) or type(model).__module__.startswith("transformers.models.")
+    known = own_class(model.config) is not None or type(model).__module__.startswith("transformers.models.")
     head = _swap_head(model, _HEADS[name](model.config)) if known and name in _HEADS else None
     # Some classes name a base that they do not have; base_model is then the model itself.
     base = model.base_model if model.base_model is not model else model.get_decoder()
