@@ -39,6 +39,10 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+class NanoGPTBranchEnd(nn.Linear):
+    """The matrix that ends a residual branch: it is drawn smaller."""
+
+
 class NanoGPTAttention(nn.Module):
     is_causal = True  # read by transformers' attention functions when there is no mask
     num_key_value_groups = 1
@@ -50,8 +54,7 @@ class NanoGPTAttention(nn.Module):
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.c_proj.ends_branch = True
+        self.c_proj = NanoGPTBranchEnd(config.n_embd, config.n_embd, bias=False)
 
     def forward(
         self, x: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs: Any
@@ -80,8 +83,7 @@ class NanoGPTMLP(nn.Module):
     def __init__(self, config: NanoGPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
-        self.c_proj.ends_branch = True
+        self.c_proj = NanoGPTBranchEnd(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.gelu(self.c_fc(x)))
@@ -118,7 +120,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
         # torch.nn.init functions only: transformers 5 guards them, so that loaded weights are not drawn again.
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            ends_branch = getattr(module, "ends_branch", False)
+            ends_branch = isinstance(module, NanoGPTBranchEnd)
             nn.init.normal_(module.weight, std=std / (2 * self.config.n_layer) ** 0.5 if ends_branch else std)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
@@ -141,8 +143,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.wte = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -183,7 +185,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values,  # type: ignore[call-arg]
             hidden_states=(*states[:-1], x) if shown else None,  # type: ignore[arg-type]
         )
         return output if return_dict in (None, True) else output.to_tuple()
@@ -258,7 +260,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            past_key_values=outputs.past_key_values,  # type: ignore[call-arg]
             hidden_states=outputs.hidden_states,
         )
         return output if return_dict in (None, True) else output.to_tuple()

@@ -42,6 +42,10 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+class OpenELMBranchEnd(nn.Linear):
+    """The matrix that ends a residual branch: it is drawn smaller."""
+
+
 class OpenELMRMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -87,8 +91,7 @@ class OpenELMAttention(nn.Module):
             OpenELMRMSNorm(self.head_dim, config.rms_norm_eps) if config.normalize_qk_projections else nn.Identity()
             for _ in range(2)
         )
-        self.out_proj = nn.Linear(self.query_heads * self.head_dim, config.model_dim, bias=False)
-        self.out_proj.ends_branch = True
+        self.out_proj = OpenELMBranchEnd(self.query_heads * self.head_dim, config.model_dim, bias=False)
 
     def forward(
         self,
@@ -120,8 +123,7 @@ class OpenELMFeedForward(nn.Module):
         super().__init__()
         inner = config.ffn_dims[layer_idx]
         self.proj_1 = nn.Linear(config.model_dim, 2 * inner, bias=False)  # gate, then value
-        self.proj_2 = nn.Linear(inner, config.model_dim, bias=False)
-        self.proj_2.ends_branch = True
+        self.proj_2 = OpenELMBranchEnd(inner, config.model_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, value = self.proj_1(x).chunk(2, dim=-1)
@@ -158,7 +160,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
         # torch.nn.init functions only: transformers 5 guards them, so that loaded weights are not drawn again.
         width, layers = self.config.model_dim, self.config.num_transformer_layers
         if isinstance(module, nn.Linear):
-            ends_branch = getattr(module, "ends_branch", False)
+            ends_branch = isinstance(module, OpenELMBranchEnd)
             nn.init.normal_(module.weight, std=(2 * layers * width if ends_branch else module.in_features) ** -0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=width**-0.5)
@@ -180,8 +182,8 @@ class OpenELMModel(OpenELMPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.token_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.token_embeddings = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.token_embeddings = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -222,7 +224,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values,  # type: ignore[call-arg]
             hidden_states=(*states[:-1], x) if shown else None,  # type: ignore[arg-type]
         )
         return output if return_dict in (None, True) else output.to_tuple()
@@ -299,7 +301,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            past_key_values=outputs.past_key_values,  # type: ignore[call-arg]
             hidden_states=outputs.hidden_states,
         )
         return output if return_dict in (None, True) else output.to_tuple()
