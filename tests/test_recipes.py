@@ -105,7 +105,7 @@ def test_a_scaled_recipe_keeps_its_family(name, tmp_path):
     assert (small.optim, small.data, small.schedule.name) == (big.optim, big.data, big.schedule.name)
     assert set(small.model.config) >= set(big.model.config)
     if name == "openelm-270m":
-        assert config.ffn_dims == sorted(config.ffn_dims) and config.ffn_dims[0] < config.ffn_dims[-1]
+        assert config.ffn_dims == sorted(set(config.ffn_dims))
     else:
         ratios = [(c.num_attention_heads / c.num_key_value_heads if hasattr(c, "num_key_value_heads") else 1,
                    pytest.approx(c.intermediate_size / c.hidden_size, rel=0.15)) for c in (large, config)]  # fmt: skip

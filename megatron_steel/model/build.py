@@ -84,13 +84,22 @@ def build_model(
 
 
 def construct(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a configuration on the current default device (also `meta`), initialised by its own rules."""
+    """The model of a configuration on the current default device (also `meta`), initialised by its own rules.
+
+    Raises SteelError where its class does not come to terms with its values.
+    """
     own = own_class(config)
-    if own is not None:
-        return own.model._from_config(config, dtype=dtype)
     # Code from a folder runs only where build_config was allowed to load its configuration class.
     foreign = type(config) not in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=foreign)
+    try:
+        if own is not None:
+            return own.model._from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=foreign)
+    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AssertionError) as error:
+        named = [name for name in config.to_dict() if name in str(error)]
+        where = f"model.config.{max(named, key=len)}" if named else "model.config"
+        what = f"{type(config).__name__}'s model cannot be built from these values: {type(error).__name__}: {error}"
+        raise SteelError(what, where, "mend the value") from error
 
 
 def decay_groups(model: nn.Module, weight_decay: float, on: str = "matrices") -> list[dict[str, Any]]:
@@ -137,7 +146,16 @@ def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:
         where = f"model.config.{field}" if field in known else "model.config"
         raise SteelError(f"{cls.__name__} refuses these values: {error}", where, "mend the value") from error
     _require_heard(config, fields)
+    _require_whole_groups(config)
     return config
+
+
+def _require_whole_groups(config: PretrainedConfig) -> None:
+    """Raise SteelError where heads cannot be grouped: most classes would find out in their first forward pass only."""
+    heads, kv_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(kv_heads, int) and (kv_heads < 1 or heads % kv_heads):
+        what = f"{heads} query heads cannot share {kv_heads} key/value heads evenly"
+        raise SteelError(what, "model.config.num_key_value_heads", f"take a divisor of {heads}")
 
 
 def _require_heard(config: PretrainedConfig, fields: dict[str, Any]) -> None:
