@@ -66,32 +66,44 @@ def scaled_fields(recipe: Recipe, wanted: int, vocab_size: int | None) -> tuple[
     largest = _count(recipe, old)
     if wanted > largest * (1 + _WITHIN):
         raise SteelError(f"the recipe has {largest:,} parameters: scale makes it smaller", "--params", "ask for less")
+    tried = list(_candidates(recipe, old, wanted))
+    fitting = [(fields, count) for fields, count in tried if abs(count / wanted - 1) <= _WITHIN]
+    if not fitting:
+        what = f"no model of this family with {old['vocab_size']:,} words comes within a tenth of {wanted:,} parameters"
+        least = min(count for _, count in tried)
+        hint = "give --vocab-size 4096, or ask for" + (" more" if least > wanted else " a little more or less")
+        raise SteelError(what, "--params", f"{hint} (the smallest tried has {least:,})")
+    return min(fitting, key=lambda found: _unlike(old, found[0]) + abs(found[1] / wanted - 1))
+
+
+def _candidates(recipe: Recipe, old: dict[str, Any], wanted: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Fields and exact counts: every width with the depth that belongs to it, and depths near it that fit better."""
     width, layers = _field(old, "width"), _field(old, "layers")
-    best: tuple[float, dict[str, Any], int] | None = None
-    least = largest
     for w in _widths(old[width], _head_dim(old)):
         near = max(2, round(w * old[layers] / old[width]))
         fields = _sized(old, w, near)
         if fields is None:
             continue
-        first, less = _count(recipe, fields), _count(recipe, _sized(old, w, near - 1) or fields)
-        least = min(least, less)
-        guess = near + (wanted - first) / max(1, first - less)  # depths of one family cost alike, all but OpenELM's
-        guess = min(max(guess, 2), 2 * near)
-        for depth in range(math.floor(guess) - 1, math.ceil(guess) + 2):
-            if not 2 <= depth <= 2 * near:
-                continue
-            tried = fields | (_sized(old, w, depth) or {})
-            count = _count(recipe, tried)
-            halvings = math.log2(_head_dim(old) / _head_dim(tried))
-            drift = abs(math.log(w / depth / (old[width] / old[layers]))) + abs(count / wanted - 1) + 0.1 * halvings
-            if abs(count / wanted - 1) <= _WITHIN and (best is None or drift < best[0]):
-                best = drift, tried, count
-    if best is None:
-        what = f"no model of this family with {old['vocab_size']:,} words comes within a tenth of {wanted:,} parameters"
-        hint = "give --vocab-size 4096, or ask for" + (" more" if least > wanted else " a little more or less")
-        raise SteelError(what, "--params", f"{hint} (the smallest tried has {least:,})")
-    return best[1], best[2]
+        first = _count(recipe, fields)
+        yield fields, first
+        if first > 3 * wanted:
+            return  # wider ones are larger still
+        if first < wanted / 3:
+            continue
+        layer = first - _count(recipe, _sized(old, w, near - 1) or fields)
+        fits = near + (wanted - first) / max(1, layer)  # layers of one family cost alike, all but OpenELM's
+        fits = min(max(fits, 2), 2 * near)
+        for depth in range(math.floor(fits) - 1, math.ceil(fits) + 2):
+            sized = _sized(old, w, depth) if 2 <= depth <= 2 * near else None
+            if sized is not None:
+                yield sized, _count(recipe, sized)
+
+
+def _unlike(old: dict[str, Any], new: dict[str, Any]) -> float:
+    """How far a model is from its family: the logarithm of its width to depth, and a tenth for each halving of the heads."""
+    width, layers = _field(old, "width"), _field(old, "layers")
+    aspect = math.log(new[width] / new[layers] * old[layers] / old[width])
+    return abs(aspect) + 0.1 * math.log2(_head_dim(old) / _head_dim(new))
 
 
 def _count(recipe: Recipe, fields: dict[str, Any]) -> int:

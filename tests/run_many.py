@@ -14,7 +14,7 @@ while words:
     cut = words.index("+") if "+" in words else len(words)
     if words[0].endswith(".yaml"):
         recipe, words, cut = words[0], words[1:], cut - 1
-    code = dist.exit_code(lambda overrides=words[:cut]: run(recipe, overrides))
+    code = dist.exit_code(lambda recipe=recipe, overrides=words[:cut]: run(recipe, overrides))
     words = words[cut + 1 :]
     if code:
         sys.exit(code)

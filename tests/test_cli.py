@@ -44,7 +44,7 @@ def test_recipes_are_listed_shown_and_scaled(capsys, tmp_path):
     ]
     assert cli.main(["recipes", "show", "tiny"]) == 0
     file = (Path(cli.__file__).parent / "recipes" / "tiny.yaml").read_text(encoding="utf-8")
-    counted = "# Counted: 3,745,732 parameters in 91 tensors, 786,432 of them the input embedding.\n"
+    counted = "# Counted: 3,745,732 parameters in 131 tensors, 786,432 of them the input embedding.\n"
     assert capsys.readouterr().out == file + counted
     assert cli.main(["recipes", "scale", "tiny", "--params", "3m", "--output", str(tmp_path / "s.yaml")]) == 0
     assert load_recipe(str(tmp_path / "s.yaml")).about.parameters == pytest.approx(3e6, rel=0.1)
