@@ -186,14 +186,20 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
     tree = {section: _decided(getattr(recipe, section)) for section in _SECTIONS}
     tree["about"] = {"summary": f"{recipe.about.summary or name}, scaled down to try it out", "parameters": count,
                      "source": f"megatron-steel recipes scale {name}"}  # fmt: skip
-    tree["model"] = {"type": recipe.model.type, "config": fields}
+    tree["model"] |= {"config": fields}
     tree["run"].pop("dir", None)
     for key in ("steps", "epochs", "activation_checkpointing"):
         tree["train"].pop(key, None)
     tree["train"] |= {"tokens": tokens, "global_batch_size": batch, "micro_batch_size": micro}
     tree["train"] |= {key: min(getattr(recipe.train, key), max(1, steps // 10))
                       for key in ("log_every_steps", "eval_every_steps", "save_every_steps")}  # fmt: skip
-    tree["schedule"] |= {"warmup_steps": min(recipe.schedule.warmup_steps, steps // 20)}
+    most = {"warmup_steps": steps // 20, "warmup_tokens": tokens // 20}
+    tree["schedule"] |= {key: min(tree["schedule"][key], most[key]) for key in most if key in tree["schedule"]}
+    if "residual_multiplier" in fields:  # muP: matrices learn and start by width (arXiv:2203.03466, table 8)
+        wider = recipe.model.config["hidden_size"] / fields["hidden_size"]
+        for section, key, factor in (("optim", "lr_ratio", wider), ("model", "init_std", wider**0.5)):
+            if key in tree[section]:
+                tree[section][key] = {name: round(value * factor, 6) for name, value in tree[section][key].items()}
     tree.pop("deepspeed")
     notes = [
         f"{name} with {count:,} parameters: `megatron-steel recipes show {name}` has the sources of its numbers.",
@@ -223,7 +229,9 @@ def _power_of_two(at_most: int) -> int:
 
 def _decided(section: Any) -> dict[str, Any]:
     """What a section says beside its defaults, as plain values."""
-    said = {
-        f.name: getattr(section, f.name) for f in dataclasses.fields(section) if getattr(section, f.name) != f.default
-    }
+    said = {}
+    for f in dataclasses.fields(section):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if getattr(section, f.name) != default:
+            said[f.name] = getattr(section, f.name)
     return yaml.safe_load(json.dumps(said, default=dataclasses.asdict))

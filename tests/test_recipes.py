@@ -102,7 +102,8 @@ def test_a_scaled_recipe_keeps_its_family(name, tmp_path):
     assert config.hidden_size % 32 == 0 or config.hidden_size % getattr(config, "head_dim", 64) == 0
     for r in (big, small):
         assert accumulation_steps(r.train, 8) >= 1
-    assert (small.optim, small.data, small.schedule.name) == (big.optim, big.data, big.schedule.name)
+    assert (small.optim.lr, small.optim.betas, small.data, small.schedule.name) == (
+        big.optim.lr, big.optim.betas, big.data, big.schedule.name)  # fmt: skip
     assert set(small.model.config) >= set(big.model.config)
     if name == "openelm-270m":
         assert config.ffn_dims == sorted(set(config.ffn_dims))
