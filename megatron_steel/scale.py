@@ -188,7 +188,7 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
                      "source": f"megatron-steel recipes scale {name}"}  # fmt: skip
     tree["model"] |= {"config": fields}
     tree["run"].pop("dir", None)
-    for key in ("steps", "epochs", "activation_checkpointing"):
+    for key in ("steps", "epochs", "activation_checkpointing", "precision"):
         tree["train"].pop(key, None)
     tree["train"] |= {"tokens": tokens, "global_batch_size": batch, "micro_batch_size": micro}
     tree["train"] |= {key: min(getattr(recipe.train, key), max(1, steps // 10))
@@ -204,7 +204,7 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
     notes = [
         f"{name} with {count:,} parameters: `megatron-steel recipes show {name}` has the sources of its numbers.",
         "Kept: ratios of widths, depth and heads, learning rate, initial std, weight decay, shape of the schedule, data.",
-        f"By rule: {_TOKENS_PER_PARAMETER} tokens a parameter ({steps:,} steps), warm-up at most a twentieth of them, a batch that leaves 1,000.",
+        f"By rule: {_TOKENS_PER_PARAMETER} tokens a parameter ({steps:,} steps), warm-up at most a twentieth of them, a batch that leaves 1,000, bf16.",
     ]
     if vocab_size:
         path = f"data/tokenizer-{vocab_size}"
