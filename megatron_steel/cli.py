@@ -68,8 +68,11 @@ def _training(verb: AddVerb) -> None:
     p.add_argument("--num_gpus", type=int, metavar="N", help="ranks on each node (default: one per GPU)")
     p.add_argument("--hostfile", metavar="F", help="several nodes, one line each: HOSTNAME slots=GPUS")
 
-    p = verb(verbs.recipes, "list the shipped recipes, or show one")
-    p.add_argument("show", nargs="*", metavar="show NAME")
+    p = verb(verbs.recipes, "list the shipped recipes, show one, or scale one down to try it out")
+    p.add_argument("words", nargs="*", metavar="show NAME | scale NAME")
+    p.add_argument("--params", metavar="N", help="with scale: how many parameters, as in 50m (within a tenth)")
+    p.add_argument("--vocab-size", type=int, metavar="N", help="with scale: another vocabulary than the recipe's")
+    p.add_argument("--output", metavar="FILE.yaml", help="with scale: write it here (default: print it)")
 
 
 def _data(verb: AddVerb) -> None:

@@ -45,6 +45,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     """
     import torch
 
+    from megatron_steel.data.missing import require_made
     from megatron_steel.data.segments import plan as plan_segments
     from megatron_steel.data.tokenizer import load_tokenizer
     from megatron_steel.model.build import build_config, construct
@@ -63,6 +64,8 @@ def plan_run(recipe: Recipe) -> RunPlan:
                 model = construct(config, torch.float32)
             by_pattern(model, recipe.optim.lr_ratio, "optim.lr_ratio")
             by_pattern(model, recipe.model.init_std, "model.init_std")
+        for key, data in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or [])):
+            require_made([p.prefix for p in _listed(data)], recipe.tokenizer.path, key)
         train = _members(recipe.data.train, config.vocab_size, tokenizer)
         validation = _members(recipe.data.validation, config.vocab_size, tokenizer) if recipe.data.validation else []
         length = recipe.data.sequence_length
@@ -254,11 +257,15 @@ def position(order: "OrderState", members: "list[Member]") -> dict[str, float]:
     return {"samples": order.next_sample, **epochs, **share}
 
 
+def _listed(data: str | list[Prefix]) -> list[Prefix]:
+    return [Prefix(data)] if isinstance(data, str) else data
+
+
 def _members(data: str | list[Prefix], vocab_size: int, tokenizer: "Tokenizer") -> "list[Member]":
     from megatron_steel.data.manifest import trust, warn_of_twins
     from megatron_steel.data.segments import Member
 
-    members, prefixes = [], [Prefix(data)] if isinstance(data, str) else data
+    members, prefixes = [], _listed(data)
     warn_of_twins([p.prefix for p in prefixes])
     for p in prefixes:
         manifest = trust(p.prefix, vocab_size)

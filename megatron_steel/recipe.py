@@ -30,6 +30,21 @@ class _Section:
 
 
 @dataclass(frozen=True)
+class About(_Section):
+    """What the recipe reproduces, for lists and tables; it decides nothing in a run."""
+
+    summary: str = ""
+    parameters: int | None = None
+    """Of the model as the recipe gives it, exact."""
+    tokens: str = ""
+    """Length of the published training."""
+    hardware: str = ""
+    result: str = ""
+    """What its authors, or others, measured."""
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Run(_Section):
     dir: str = ""
     """Run folder; `runs/NAME` of the recipe when left out."""
@@ -201,6 +216,7 @@ class Recipe(_Section):
     schedule: Schedule = field(default_factory=Schedule)
     kernels: Kernels = field(default_factory=Kernels)
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
+    about: About = field(default_factory=About)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON; `from_dict` reads them back."""

@@ -21,16 +21,19 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
     launch(recipe, overrides, num_gpus, hostfile)
 
 
-def recipes(show: list[str]) -> None:
-    from megatron_steel import recipe
+def recipes(words: list[str], params: str | None, vocab_size: int | None, output: str | None) -> None:
+    from megatron_steel import catalogue
 
-    if not show:
-        for name in recipe.recipe_names():
-            print(f"{name:20} {_first_comment(recipe.recipe_path(name))}")
-        return
-    if show[0] != "show" or len(show) != 2:
-        raise _usage("megatron-steel recipes [show NAME]")
-    print(recipe.recipe_path(show[1]).read_text(encoding="utf-8"), end="")
+    if not words and not (params or vocab_size or output):
+        print(catalogue.as_text())
+    elif len(words) == 2 and words[0] == "show" and not (params or vocab_size or output):
+        print(catalogue.show(words[1]), end="")
+    elif len(words) == 2 and words[0] == "scale" and params:
+        from megatron_steel.scale import scale
+
+        _write_or_print(scale(words[1], params, vocab_size), output)
+    else:
+        raise _usage("recipes, recipes show NAME, or recipes scale NAME --params 50m [--vocab-size N] [--output FILE]")
 
 
 def prepare(source: str, inputs: list[str], output: str | None, fetch: str | None, **options: Any) -> None:
@@ -187,9 +190,17 @@ def evaluate(models: list[str], tasks: str, **settings: Any) -> None:
     evaluate(models, [task.strip() for task in tasks.split(",") if task.strip()], **settings, audit=verdict_of)
 
 
-def _first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
+def _write_or_print(text: str, output: str | None) -> None:
+    if output is None:
+        print(text, end="")
+        return
+    from megatron_steel.errors import SteelError
+
+    try:
+        with open(output, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise SteelError(f"the recipe could not be written: {error.strerror}", output, "name another file") from None
 
 
 def _write_json(file: str | None, tree: dict[str, Any], indent: int | None = 1) -> None:

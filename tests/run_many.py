@@ -1,4 +1,7 @@
-"""Several runs one after another in the same ranks, to start the launcher once: run_many.py RECIPE a=1 b=2 + a=3 + ..."""
+"""Several runs one after another in the same ranks, to start the launcher once: run_many.py RECIPE a=1 b=2 + a=3 + ...
+
+A run may begin with a recipe of its own, a path that ends in .yaml.
+"""
 
 import sys
 
@@ -9,7 +12,9 @@ recipe, *words = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
 dist.set_up_logging()
 while words:
     cut = words.index("+") if "+" in words else len(words)
-    code = dist.exit_code(lambda overrides=words[:cut]: run(recipe, overrides))
+    if words[0].endswith(".yaml"):
+        recipe, words, cut = words[0], words[1:], cut - 1
+    code = dist.exit_code(lambda recipe=recipe, overrides=words[:cut]: run(recipe, overrides))
     words = words[cut + 1 :]
     if code:
         sys.exit(code)

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_steel import cli
 from megatron_steel.data.manifest import trust
+from megatron_steel.recipe import load_recipe, recipe_names
 
 HEAVY = ("torch", "transformers", "deepspeed", "numpy", "pydantic", "pyarrow", "matplotlib")
 
@@ -32,12 +33,36 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_recipes_are_listed_and_shown(capsys):
+def test_recipes_are_listed_shown_and_scaled(capsys, tmp_path):
     assert cli.main(["recipes"]) == 0
-    assert "steel-1b" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(recipe_names())
+    assert next(line for line in lines if line.startswith("pythia-160m")).split()[1:4] == [
+        "162,322,944",
+        "299.9B",
+        "32",
+    ]
     assert cli.main(["recipes", "show", "tiny"]) == 0
-    assert capsys.readouterr().out == (Path(cli.__file__).parent / "recipes" / "tiny.yaml").read_text(encoding="utf-8")
-    assert cli.main(["recipes", "shwo", "tiny"]) == 78
+    file = (Path(cli.__file__).parent / "recipes" / "tiny.yaml").read_text(encoding="utf-8")
+    counted = "# Counted: 3,745,732 parameters in 131 tensors, 786,432 of them the input embedding.\n"
+    assert capsys.readouterr().out == file + counted
+    assert cli.main(["recipes", "scale", "tiny", "--params", "3m", "--output", str(tmp_path / "s.yaml")]) == 0
+    assert load_recipe(str(tmp_path / "s.yaml")).about.parameters == pytest.approx(3e6, rel=0.1)
+    assert cli.main(["recipes", "scale", "tiny", "--params", "3m", "--output", str(tmp_path / "s.yaml")]) == 78
+    for words in (
+        ["shwo", "tiny"],
+        ["show"],
+        ["scale", "tiny"],
+        ["show", "tiny", "--params", "3m"],
+        ["--params", "3m"],
+    ):
+        assert cli.main(["recipes", *words]) == 78
+
+
+def test_the_list_of_recipes_imports_nothing_heavy():
+    code = f"import sys; from megatron_steel import cli; cli.main(['recipes']); print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_an_unknown_option_is_refused(capsys):

@@ -11,13 +11,14 @@ LAYER = {
     "data": 1, "model": 1, "checkpoint": 1,
     "train": 2, "convert": 2, "post": 2,
     "plan": 3, "audit": 3, "audit_probe": 3, "audit_replay": 3, "audit_figures": 3, "audit_picture": 3, "preflight": 3,
-    "device": 3, "run_folder": 3, "inspect_run": 3,
+    "device": 3, "catalogue": 3, "scale": 3, "run_folder": 3, "inspect_run": 3,
     "pretrain": 4, "tune": 4, "supervise": 4, "verbs": 4, "cli": 4,
 }  # fmt: skip
 BLIND = {1: {"data", "model", "checkpoint"}, 2: {"train", "convert", "post"}}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 DEEPSPEED_MAY_BE_IN = ("train/", "checkpoint/zero.py")
-SHIPPED = {"modeling_steel.py", "mixture_steel.py", "experts_steel.py", "configuration_steel.py"}
+SHIPPED = {"modeling_steel.py", "mixture_steel.py", "experts_steel.py", "configuration_steel.py", "modeling_nanogpt.py",
+           "configuration_nanogpt.py", "modeling_openelm.py", "configuration_openelm.py"}  # fmt: skip
 
 
 def _room(path: Path) -> str:
@@ -72,6 +73,12 @@ def test_file_keeps_the_rules_of_its_room(path):
         }, "rank variables are read in dist.py alone"
     assert len(text.splitlines()) <= 500
     assert ast.get_docstring(ast.parse(text)), "a module opens with its job"
+
+
+def test_every_shipped_file_belongs_to_a_class():
+    from megatron_steel.model.own import OWN
+
+    assert {file.name for own in OWN.values() for file in own.files} == SHIPPED
 
 
 def test_only_one_file_knows_the_byte_format():

@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_steel import dist
 from megatron_steel.data.chat_template import TRAINING_FILE, training_template_of
 from megatron_steel.errors import SteelError
-from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
-from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.folder import refuse_outside
+from megatron_steel.model.own import own_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from megatron_steel.data.tokenizer import Tokenizer
 
-STEEL_CODE = tuple(
-    Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)
-)
-"""The files that travel with a Steel model."""
 # Weights, configuration and readme that may lie in the same folder are not the tokenizer's.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
                     "chat_template*", "*.model", "*.tiktoken", "tokenization_*.py")  # fmt: skip
@@ -47,7 +42,7 @@ def write_companions(
 
     Args:
         tokenizer, source: the tokenizer, and the folder or file that it lies in; None where nobody knows it.
-        code: the folder whose modelling code travels, where the model is neither Steel nor a class of transformers.
+        code: the folder whose modelling code travels, where the model is neither ours nor a class of transformers.
 
     Returns: the transformers class that loads the tokenizer; None where the folder has no Hugging Face tokenizer.
     Raises SteelError when the copied tokenizer gives other ids than the original.
@@ -144,9 +139,10 @@ def special_ids(path: Path, tokenizer: "Tokenizer") -> dict[str, int | None]:
 
 
 def code_files(config: "PretrainedConfig", model_path: str | None) -> list[Path]:
-    """The modelling code that must travel: Steel's own files, a foreign folder's own, none for native classes."""
-    if isinstance(config, SteelConfig):
-        return list(STEEL_CODE)
+    """The modelling code that must travel: that of our own classes, a foreign folder's own, none for native classes."""
+    own = own_class(config)
+    if own is not None:
+        return own.files
     return [] if _is_native(config) or model_path is None else sorted(Path(model_path).glob("*.py"))
 
 

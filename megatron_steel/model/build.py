@@ -1,6 +1,6 @@
 """From a recipe's model section to a model that is ready to be trained.
 
-    config = build_config(recipe.model, tokenizer_vocab_size)     Steel, any transformers class, any folder
+    config = build_config(recipe.model, tokenizer_vocab_size)     our own classes, any of transformers, any folder
     model  = build_model(config, seed, init_from)                 whole, fp32, on the CPU, equal on every rank
     model  = prepare_for_training(model, activation_checkpointing, kernels, z_loss)
     loss   = model(input_ids=..., labels=..., document_ids=...)   the SUM over tokens
@@ -24,10 +24,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_steel.errors import SteelError
 from megatron_steel.model import regions
-from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.folder import is_own_code, refuse_outside
 from megatron_steel.model.groups import decay_groups, draw_again
-from megatron_steel.model.modeling_steel import MIXTURES, SteelForCausalLM
+from megatron_steel.model.modeling_steel import MIXTURES
+from megatron_steel.model.own import OWN, own_class
 from megatron_steel.model.training import prepare_for_training
 
 if TYPE_CHECKING:
@@ -93,12 +93,22 @@ def build_model(
 
 
 def construct(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a configuration on the current default device (also `meta`), initialised by its own rules."""
-    if isinstance(config, SteelConfig):
-        return SteelForCausalLM._from_config(config, dtype=dtype)
+    """The model of a configuration on the current default device (also `meta`), initialised by its own rules.
+
+    Raises SteelError where its class does not come to terms with its values.
+    """
+    own = own_class(config)
     # Code from a folder runs only where build_config was allowed to load its configuration class.
     foreign = type(config) not in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=foreign)
+    try:
+        if own is not None:
+            return own.model._from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=foreign)
+    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AssertionError) as error:
+        named = [name for name in config.to_dict() if name in str(error)]
+        where = f"model.config.{max(named, key=len)}" if named else "model.config"
+        what = f"{type(config).__name__}'s model cannot be built from these values: {type(error).__name__}: {error}"
+        raise SteelError(what, where, "mend the value") from error
 
 
 def fetched_whole(model: nn.Module) -> list[nn.Module]:
@@ -108,9 +118,9 @@ def fetched_whole(model: nn.Module) -> list[nn.Module]:
 
 
 def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:
-    if name == "steel":
-        cls: type[PretrainedConfig] = SteelConfig
-        known = set(inspect.signature(SteelConfig).parameters) - {"kwargs"}
+    if name in OWN:
+        cls: type[PretrainedConfig] = OWN[name].config
+        known = set(inspect.signature(cls).parameters) - {"kwargs"}
     else:
         cls = _config_class(name)
         known = _known_fields(cls)
@@ -129,7 +139,16 @@ def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:
         where = f"model.config.{field}" if field in known else "model.config"
         raise SteelError(f"{cls.__name__} refuses these values: {error}", where, "mend the value") from error
     _require_heard(config, fields)
+    _require_whole_groups(config)
     return config
+
+
+def _require_whole_groups(config: PretrainedConfig) -> None:
+    """Raise SteelError where heads cannot be grouped: most classes would find out in their first forward pass only."""
+    heads, kv_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(kv_heads, int) and (kv_heads < 1 or heads % kv_heads):
+        what = f"{heads} query heads cannot share {kv_heads} key/value heads evenly"
+        raise SteelError(what, "model.config.num_key_value_heads", f"take a divisor of {heads}")
 
 
 def _require_heard(config: PretrainedConfig, fields: dict[str, Any]) -> None:
@@ -147,10 +166,12 @@ def _require_heard(config: PretrainedConfig, fields: dict[str, Any]) -> None:
 def _config_class(name: str) -> type[PretrainedConfig]:
     types = sorted(t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t in CONFIG_MAPPING)
     if name not in types:
-        near = difflib.get_close_matches(name, ["steel", *types], n=1)
+        near = difflib.get_close_matches(name, [*OWN, *types], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         what = f"{name!r} is no causal language model of the installed transformers"
-        raise SteelError(what, "model.type", f"{hint}use steel, a transformers model_type such as llama, or model.path")
+        raise SteelError(
+            what, "model.type", f"{hint}use {', '.join(OWN)}, a transformers model_type such as llama, or model.path"
+        )
     return CONFIG_MAPPING[name]
 
 
@@ -172,12 +193,12 @@ def _config_of_folder(path: str, trust_code: bool) -> PretrainedConfig:
         what = f"the model folder has no readable config.json: {error}"
         raise SteelError(what, file, "give model.path a Hugging Face folder, or use model.type") from None
     foreign = "AutoModelForCausalLM" in content.get("auto_map", {})
-    if model_type == "steel" and not trust_code and not is_own_code(Path(path), content):
-        what = "the folder's code for model_type 'steel' is not this package's, and running it is not allowed"
+    if model_type in OWN and not trust_code and not is_own_code(Path(path), content):
+        what = f"the folder's code for model_type {model_type!r} is not this package's, and running it is not allowed"
         raise SteelError(what, file, "read the .py files there, then set model.trust_code=true")
     try:
-        if model_type == "steel" and not trust_code:  # this package's own file, not the copy in the folder
-            return SteelConfig.from_pretrained(path, local_files_only=True)
+        if model_type in OWN and not trust_code:  # this package's own file, not the copy in the folder
+            return OWN[model_type].config.from_pretrained(path, local_files_only=True)
         if model_type in CONFIG_MAPPING or trust_code:
             return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_code and foreign)
     except Exception as error:
@@ -193,8 +214,9 @@ def _load_weights(config: PretrainedConfig, folder: str, trust_code: bool) -> Pr
     if not Path(folder, "config.json").is_file():
         raise SteelError("there is no Hugging Face model to start from", folder, "mend model.init_from")
     refuse_outside(Path(folder))
-    cls: Any = SteelForCausalLM if isinstance(config, SteelConfig) else AutoModelForCausalLM
-    settings: dict[str, Any] = {} if isinstance(config, SteelConfig) else {"trust_remote_code": trust_code}
+    own = own_class(config)
+    cls: Any = own.model if own else AutoModelForCausalLM
+    settings: dict[str, Any] = {} if own else {"trust_remote_code": trust_code}
     try:
         with torch.random.fork_rng(devices=[]):
             model, report = cls.from_pretrained(

@@ -170,6 +170,8 @@ def _slot_products_per_token(config: PretrainedConfig, sequence_length: int) -> 
 def _attention(config: PretrainedConfig, sequence_length: int) -> float | None:
     text = config.get_text_config()
     layers, heads = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if getattr(text, "num_query_heads", None):  # OpenELM: each layer has its own number
+        return 12.0 * sum(text.num_query_heads) * text.head_dim * sequence_length
     if not layers or not heads:
         return None
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads

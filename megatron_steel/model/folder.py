@@ -1,4 +1,4 @@
-"""A Hugging Face folder from a stranger: it names nothing outside itself, and its Steel code is this package's or it is not run.
+"""A Hugging Face folder from a stranger: it names nothing outside itself, and code of our classes is this package's or it is not run.
 
 An index of shards names plain files, and a link leads to a file of the folder, or into the blobs of the Hugging Face cache
 that the folder is part of. transformers and a plain copy would follow both anywhere. Must not know models or weights.
@@ -40,11 +40,11 @@ def _named(index: Path) -> list[str]:
 
 
 def is_own_code(folder: Path, tree: dict[str, Any]) -> bool:
-    """True for a Steel folder whose code is exactly this package's (or that brings none)."""
-    if tree.get("model_type") != "steel":
-        return False
-    from megatron_steel.model import configuration_steel, experts_steel, mixture_steel, modeling_steel
+    """True for a folder of a class of ours (`own.OWN`) whose code is exactly this package's (or that brings none)."""
+    from megatron_steel.model.own import OWN
 
-    own = {Path(str(module.__file__)) for module in (configuration_steel, experts_steel, mixture_steel, modeling_steel)}
-    known = {file.name: file.read_bytes() for file in own}
+    own = OWN.get(str(tree.get("model_type")))
+    if own is None:
+        return False
+    known = {file.name: file.read_bytes() for file in own.files}
     return all(known.get(file.name) == file.read_bytes() for file in folder.glob("*.py"))

@@ -14,7 +14,7 @@ from megatron_steel.model.head import BLOCK_NUMBERS, CHUNK_TOKENS
 from megatron_steel.model.mixture_steel import BLOCK, CHUNK
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_QK_NORM = ("qwen3", "olmo2", "olmo3", "gemma3_text")
+_QK_NORM = ("qwen3", "olmo2", "olmo3", "gemma3_text", "openelm")
 
 
 def activation_bytes_per_sample(
@@ -68,16 +68,24 @@ def largest_micro_batch(
 
 def _layer_bytes_per_token(config: PretrainedConfig, size: int) -> int:
     """Bytes per token that one layer saves for its backward pass."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    hidden = config.hidden_size
+    if config.model_type == "openelm":  # each layer has its own widths: their mean
+        heads, kv_heads, head_dim = _mean(config.num_query_heads), _mean(config.num_kv_heads), config.head_dim
+    else:
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
     # Two norms: the input in fp32, its normalised form and the output, rounded.
     norms = 2 * hidden * (4 + 2 * size)
     # Rotated query and key, value; the output as attention and as o_proj want it.
     attention = (3 * heads + 2 * kv_heads) * head_dim * size
     if config.model_type in _QK_NORM:
         attention += (heads + kv_heads) * head_dim * (4 + size)
-    return norms + attention + _ffn_bytes_per_token(config, size)
+    return round(norms + attention) + _ffn_bytes_per_token(config, size)
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / len(values)
 
 
 def _ffn_bytes_per_token(config: PretrainedConfig, size: int) -> int:
@@ -86,6 +94,8 @@ def _ffn_bytes_per_token(config: PretrainedConfig, size: int) -> int:
 
 def _ffn_values_per_token(config: PretrainedConfig) -> int:
     hidden = config.hidden_size
+    if config.model_type == "openelm":
+        return round(4 * _mean(config.ffn_dims))
     if not isinstance(config, SteelConfig):
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
         return 4 * inner  # gate, its activation, up, the product

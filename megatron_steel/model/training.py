@@ -19,7 +19,7 @@ from megatron_steel.model.attention import document_inputs
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.head import ChunkedHead, LigerHead, LossHead, PlainHead, plain_loss
 from megatron_steel.model.kernels import Choice
-from megatron_steel.model.modeling_steel import SteelForCausalLM
+from megatron_steel.model.own import own_class
 
 
 def _plain(config: PretrainedConfig) -> dict[str, Any]:
@@ -34,10 +34,12 @@ def _capped(config: PretrainedConfig) -> dict[str, Any]:
     return {"logit_cap": config.final_logit_softcapping}
 
 
-# transformers classes whose logits are head(base model's last hidden state), and what they do to them afterwards.
+# Classes whose logits are head(base model's last hidden state), and what they do to them afterwards.
 # tests/model/test_training.py proves each line against the class's own forward.
 _HEADS: dict[str, Callable[[PretrainedConfig], dict[str, Any]]] = {
     "SteelForCausalLM": _plain,
+    "NanoGPTForCausalLM": _plain,
+    "OpenELMForCausalLM": _plain,
     "LlamaForCausalLM": _plain,
     "MistralForCausalLM": _plain,
     "Qwen2ForCausalLM": _plain,
@@ -80,7 +82,7 @@ def prepare_for_training(
     if activation_checkpointing:
         _enable_checkpointing(model, kernels)
     name = type(model).__name__
-    known = isinstance(model, SteelForCausalLM) or type(model).__module__.startswith("transformers.models.")
+    known = own_class(model.config) is not None or type(model).__module__.startswith("transformers.models.")
     settings = _HEADS[name](model.config) if known and name in _HEADS else None
     head = None if settings is None else _swap_head(model, kernels, settings | {"z_loss": z_loss})
     # Some classes name a base that they do not have; base_model is then the model itself.

@@ -1,6 +1,6 @@
 """Open a Hugging Face folder: its model, ready to be asked, and its tokenizer. Runs no foreign code unasked.
 
-A Steel folder whose code files are this package's own, byte for byte, is built from the package's classes. Any
+A folder of one of this package's classes whose code files are this package's own, byte for byte, is built from the package's classes. Any
 other code needs `trust_code`. Knows nothing of prompts or scores.
 """
 
@@ -16,6 +16,8 @@ from megatron_steel.model.folder import is_own_code
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_steel.model.own import OwnClass
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,7 @@ def load_as(model_dir: str, trust_code: bool, dtype: "torch.dtype") -> tuple[Any
     settings: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     with _named(folder):
         if own:
-            from megatron_steel.model.modeling_steel import SteelForCausalLM
-
-            model: Any = SteelForCausalLM.from_pretrained(folder, **settings)
+            model: Any = _own(folder).model.from_pretrained(folder, **settings)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_code, **settings)
         tokenizer = _tokenizer(folder, model.config, trust_code)
@@ -81,9 +81,7 @@ def load_tokenizer_and_config(model_dir: str, trust_code: bool = False) -> tuple
     folder, own = _allowed(model_dir, trust_code)
     with _named(folder):
         if own:
-            from megatron_steel.model.configuration_steel import SteelConfig
-
-            config: Any = SteelConfig.from_pretrained(folder, local_files_only=True)
+            config: Any = _own(folder).config.from_pretrained(folder, local_files_only=True)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_code)
         return _tokenizer(folder, config, trust_code), config
@@ -95,10 +93,15 @@ def template_tokenizer(tokenizer_dir: str) -> Any:
     config: Any = None
     with _named(folder):
         if (folder / "config.json").is_file() and is_own_code(folder, _config_json(folder)):
-            from megatron_steel.model.configuration_steel import SteelConfig
-
-            config = SteelConfig.from_pretrained(folder, local_files_only=True)
+            config = _own(folder).config.from_pretrained(folder, local_files_only=True)
         return _tokenizer(folder, config, trust_code=False)
+
+
+def _own(folder: Path) -> "OwnClass":
+    """This package's own class of a folder that `is_own_code` allows."""
+    from megatron_steel.model.own import OWN
+
+    return OWN[_config_json(folder)["model_type"]]
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ from conftest import VOCABULARY
 from safetensors.torch import load_file, save_file
 
 from megatron_steel import cli
-from megatron_steel.convert.companions import STEEL_CODE
 from megatron_steel.convert.import_hf import import_hf
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_config, build_model
 from megatron_steel.model.configuration_steel import FFN_TYPES, MLP_TYPES, SteelConfig
+from megatron_steel.model.own import OWN
 from megatron_steel.recipe import Model
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -78,7 +78,7 @@ def test_tensors_are_equal_and_training_starts_from_them(ffn, mlp, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["FFN_type"], config["dtype"]) == ("steel", ffn, "bfloat16")
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_steel.SteelForCausalLM"
-    for file in STEEL_CODE:
+    for file in OWN["steel"].files:
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     model.load_state_dict(tensors)  # rounded to bf16, as published
     assert torch.equal(start(tmp_path / "out", tmp_path / "out")(ids()).logits, model.eval()(ids()).logits)
@@ -118,7 +118,7 @@ def test_tokenizer_and_generation_settings_travel_and_foreign_code_stays(tmp_pat
     out = tmp_path / "out"
     assert (out / "tokenizer.json").read_bytes() == (tiny_tokenizer / "tokenizer.json").read_bytes()
     assert (out / "generation_config.json").read_text() == '{"top_p": 0.8}'
-    assert all((out / file.name).read_bytes() == file.read_bytes() for file in STEEL_CODE)
+    assert all((out / file.name).read_bytes() == file.read_bytes() for file in OWN["steel"].files)
     assert cli.main(["generate", str(out), "--prompt", "w5 w9", "--max-new-tokens", "2"]) == 0
 
 

@@ -36,6 +36,12 @@ def steel(**changes):
                 int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 checks nothing"
             ),
         ),
+        (
+            Model(type="qwen3", config={"num_attention_heads": 4, "num_key_value_heads": 3}),
+            r"model.config.num_key_value_heads\n.*divisor of 4",
+        ),
+        (Model(type="openelm", config={"head_dims": 8}), r"model.config.head_dims\n.*did you mean head_dim\?"),
+        (Model(type="nanogtp"), r"did you mean nanogpt\?"),
         (Model(path="/nowhere"), "no readable config.json"),
         (Model(path="/nowhere", config={"hidden_size": 8}), "cannot change a model"),
     ],
@@ -43,6 +49,12 @@ def steel(**changes):
 def test_bad_model_sections(model, message):
     with pytest.raises(SteelError, match=message):
         build_config(model)
+
+
+def test_values_that_only_the_model_finds_out_about_are_named():
+    config = build_config(Model(type="llama", config=LLAMA | {"hidden_act": "swish7"}))
+    with pytest.raises(SteelError, match=r"cannot be built from these values: KeyError: 'swish7'(.|\n)*model.config"):
+        build_model(config, 1)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused():

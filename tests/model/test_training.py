@@ -33,6 +33,22 @@ CLASSES = {
     "gemma3_text": (GLU, {"head_dim": 16, "final_logit_softcapping": 2.0}),
     "gpt_neox": (FULL_HEADS, {"hidden_dropout": 0.0}),
     "phi": (GLU, {}),  # its head has a bias
+    "nanogpt": (
+        {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2},
+        {},
+    ),
+    "openelm": (
+        {
+            "vocab_size": 101,
+            "model_dim": 32,
+            "num_transformer_layers": 3,
+            "head_dim": 4,
+            "num_gqa_groups": 2,
+            "ffn_dim_divisor": 16,
+            "max_context_length": 64,
+        },
+        {},
+    ),
     "gpt2": (
         {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2},
         {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -135,13 +151,13 @@ def test_without_documents_attention_gets_no_mask(monkeypatch):
     ids, labels = batch()
     # transformers 4.57 looks for packed samples by itself and then always builds a mask for its own classes.
     old = int(transformers.__version__.split(".")[0]) < 5
-    for name in ("steel",) if old else ("steel", "llama", "qwen3"):
+    for name in ("steel", "nanogpt", "openelm") if old else ("steel", "llama", "qwen3", "nanogpt", "openelm"):
         prepare_for_training(make(name))(input_ids=ids, labels=labels)
     assert masks
     assert all(mask is None and causal for mask, causal in masks)
 
 
-@pytest.mark.parametrize("name", ["steel", "llama", "gpt_neox"])
+@pytest.mark.parametrize("name", ["steel", "llama", "gpt_neox", "nanogpt", "openelm"])
 def test_activation_checkpointing_gives_equal_gradients(name):
     ids, labels = batch()
     results = []

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from megatron_steel.convert.companions import STEEL_CODE
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_model
 from megatron_steel.model.configuration_steel import SteelConfig
+from megatron_steel.model.own import OWN
 from megatron_steel.post.generate import generate
 
 
@@ -20,7 +20,7 @@ def steel(tmp_path_factory, tiny_tokenizer):
                          num_attention_heads=4, eos_token_id=1, pad_token_id=0, initializer_range=0.3)  # fmt: skip
     model = build_model(config, 3).eval()
     model.save_pretrained(folder)
-    for file in [*tiny_tokenizer.iterdir(), *STEEL_CODE]:
+    for file in [*tiny_tokenizer.iterdir(), *OWN["steel"].files]:
         shutil.copy(file, folder / file.name)
     return folder, model
 
