@@ -1,0 +1,75 @@
+"""What the real engine holds while it trains: run_on_ranks prints one JSON line from rank 0.
+
+held_bytes.py RECIPE DS.json ...: for each DeepSpeed file two optimizer steps of two micro-batches in bf16. Bytes are those
+of all live tensors' storages, the greatest of: late in the backward pass, between micro-batches, when Adam begins, after it.
+"""
+
+import gc
+import json
+import sys
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from megatron_steel import dist
+from megatron_steel.model.build import build_config, build_model, decay_groups, prepare_for_training
+from megatron_steel.recipe import Recipe, load_recipe
+from megatron_steel.train import engine
+
+
+class Watch:
+    """The most bytes seen at one time, without the tensors that were there before."""
+
+    def __init__(self) -> None:
+        self._before = self._tensors()  # held, so that no address is used twice
+        self._known = {t.untyped_storage().data_ptr() for t in self._before}
+        self.peak = 0
+
+    @staticmethod
+    def _tensors() -> list[torch.Tensor]:
+        found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        found += [t.grad for t in found if t.is_leaf and t.grad is not None]
+        return [t for t in found if t.device.type != "meta"]
+
+    def look(self, *_: Any) -> None:
+        gc.collect()
+        storages = {s.data_ptr(): s.nbytes() for t in self._tensors() if (s := t.untyped_storage()).nbytes()}
+        self.peak = max(self.peak, sum(size for place, size in storages.items() if place not in self._known))
+
+
+def held(recipe: Recipe, file: str) -> int:
+    """Greatest bytes held on this rank by the engine of one DeepSpeed file."""
+    watch = Watch()
+    model = prepare_for_training(build_model(build_config(recipe.model), seed=1))
+    groups = decay_groups(model, 0.1)
+    config = engine.engine_config(recipe, engine.read_config(file), dist.world_size())
+    started = engine.start_engine(model, groups, recipe.optim, config, torch.device("cpu"))
+    inputs = model.get_input_embeddings()
+    late = inputs.register_forward_hook(lambda _module, _args, output: output.register_hook(watch.look) and None)
+    adam = register_optimizer_step_pre_hook(watch.look)
+    ids = torch.zeros((1, 8), dtype=torch.int64)
+    for _ in range(2):
+        for _ in range(2):
+            loss = started(input_ids=ids, labels=ids) / 8
+            started.backward(loss)
+            del loss
+            watch.look()
+            started.step()
+            watch.look()
+    late.remove()
+    adam.remove()
+    return watch.peak
+
+
+def main(recipe_path: str, files: list[str]) -> None:
+    recipe = load_recipe(recipe_path)
+    dist.start()
+    peaks = {file: held(recipe, file) for file in files}
+    if dist.is_main():
+        print(json.dumps(peaks), flush=True)
+
+
+if __name__ == "__main__":
+    words = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
+    main(words[0], words[1:])
