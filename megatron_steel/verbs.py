@@ -33,6 +33,14 @@ def recipes(show: list[str]) -> None:
     print(recipe.recipe_path(show[1]).read_text(encoding="utf-8"), end="")
 
 
+def plan(recipe: str | None, overrides: list[str], **options: Any) -> None:
+    from megatron_steel.planner import command
+
+    tree, text = command.run(recipe, overrides, options)
+    print(text)
+    _write_json(options["json_file"], tree)
+
+
 def prepare(source: str, inputs: list[str], output: str | None, fetch: str | None, **options: Any) -> None:
     hub, sample = options.pop("hub"), options.pop("sample")
     if fetch and not inputs and not output:

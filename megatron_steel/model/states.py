@@ -77,3 +77,67 @@ def rank_states(
     if offload:
         gradients, host = 0, host + 8 * share
     return RankStates(low * (share + gathered), gradients, optimizer, bucket, host)
+
+
+def _replicated(p: int, low: int) -> RankStates:
+    """Stage 0 in bf16: weights and gradients in bf16, fp32 weights, moments and Adam's fp32 gradients. In fp32: plain."""
+    if low == 4:
+        return RankStates(4 * p, 4 * p, 8 * p, 0)
+    return RankStates(2 * p, 2 * p + 4 * p, 12 * p, 0)
+
+
+def _bucket_bytes(stage: int, zero: Mapping[str, Any], p: int, low: int) -> int:
+    """Contiguous buckets: two where reduction overlaps the backward pass (stages 1 and 2), one in stage 3."""
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    elements = int(zero.get("reduce_bucket_size", _DEFAULTS["reduce_bucket_size"]))
+    if stage == 3:
+        return low * elements
+    # Stage 1 reduces its fp32 sums, stage 2 the gradients of each micro-batch.
+    return (2 if zero.get("overlap_comm") else 1) * (4 if stage == 1 else low) * elements
+
+
+def _gathered(sizes: Sequence[int], zero: Mapping[str, Any], largest: int) -> int:
+    """Elements of whole parameters that ZeRO-3 holds at one time."""
+
+    def limit(key: str) -> int:
+        return int(zero.get(key, _DEFAULTS[key]))
+
+    threshold = limit("stage3_param_persistence_threshold")
+    small = sum(size for size in sizes if size <= threshold)
+    others = sum(sizes) - small
+    return small + min(others, max(largest, limit("stage3_max_live_parameters")))
+
+
+def deepspeed_estimate(
+    parameters: int,
+    largest_layer: int,
+    stage: int,
+    gpus_per_node: int,
+    nodes: int = 1,
+    offload_optimizer: bool = False,
+    offload_param: bool = False,
+) -> DeepSpeedEstimate:
+    """What DeepSpeed 0.19 says of ZeRO-2 and ZeRO-3, with its default `zero_init` and buffer factor.
+
+    Formulas of `estimate_zero2_model_states_mem_needs` (runtime/zero/stage_1_and_2.py) and
+    `estimate_zero3_model_states_mem_needs` (runtime/zero/stage3.py). It has no estimator for stages 0 and 1.
+
+    Args:
+        largest_layer: most elements that one module holds itself.
+    """
+    p, ranks = parameters, gpus_per_node * nodes
+    if stage == 2:
+        if offload_optimizer:
+            return DeepSpeedEstimate(2 * p, int(p * max(4 * ranks, 16) * _BUFFER_FACTOR))
+        return DeepSpeedEstimate(2 * p + int(18 * p / ranks), int(p * 4 * gpus_per_node * _BUFFER_FACTOR))
+    if stage != 3:
+        raise ValueError(f"DeepSpeed estimates stages 2 and 3, not {stage}")
+    layer, per_node = 4 * largest_layer, 1 / nodes
+    if not offload_optimizer:
+        return DeepSpeedEstimate(
+            layer + int(18 * p / ranks), int(largest_layer * 4 * gpus_per_node * _BUFFER_FACTOR)
+        )
+    if offload_param:
+        return DeepSpeedEstimate(layer, int(p * 18 * per_node * _BUFFER_FACTOR))
+    return DeepSpeedEstimate(layer + int(2 * p / ranks), int(p * 16 * per_node * _BUFFER_FACTOR))

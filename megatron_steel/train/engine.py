@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import fetched_whole
+from megatron_steel.model.states import rank_states
 from megatron_steel.recipe import Optim, Recipe, accumulation_steps
 from megatron_steel.train import optimizer
 
@@ -48,12 +49,11 @@ RECIPE_OWNS = {
 # What a file may set: sharding, offload, communication and its diagnosis.
 FILE_OWNS = ("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "aio",
              "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "compile")  # fmt: skip
-_BYTES_PER_PARAMETER = 16  # bf16 weight and gradient, fp32 weight, two moments (ZeRO paper, arXiv 1910.02054, 3.1)
 
 
 def shipped_configs() -> list[str]:
     """Names of the files in `ds_configs/` that the wheel packs."""
-    return sorted(file.name for file in _config_folder().glob("*.json"))
+    return sorted(file.name for file in config_folder().glob("*.json"))
 
 
 def read_config(name_or_path: str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     """
     path = Path(name_or_path)
     if not path.is_file() and str(path.parent) in (".", "ds_configs"):
-        path = _config_folder() / path.name
+        path = config_folder() / path.name
     if not path.is_file():
         raise SteelError(f"there is no DeepSpeed file {name_or_path!r}", "deepspeed.config",
                          f"use a path, auto, or one of: {', '.join(shipped_configs())}")  # fmt: skip
@@ -123,17 +123,12 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
 def smallest_stage_that_fits(parameters: int, activation_bytes: int, device_bytes: int, world_size: int) -> str:
     """`deepspeed.config: auto`: the first of zero1, zero2, zero3, zero3_offload whose states and activations fit.
 
-    Stage 0 is left out because it accumulates gradients in bf16. States per rank as in the ZeRO paper (arXiv
-    1910.02054, figure 1), with fp32 gradients; a tenth of the device stays free.
+    Stage 0 is left out because it accumulates gradients in bf16. States per rank as `model.states` counts them; a tenth
+    of the device stays free.
     """
-    p, n = parameters, world_size
-    needs = {
-        "zero1.json": 2 * p + 4 * p + 12 * p / n,
-        "zero2.json": 2 * p + (4 * p + 12 * p) / n,
-        "zero3.json": (_BYTES_PER_PARAMETER + 2) * p / n,
-    }
-    for name, states in needs.items():
-        if states + activation_bytes <= 0.9 * device_bytes:
+    for name in ("zero1.json", "zero2.json", "zero3.json"):
+        zero = json.loads((config_folder() / name).read_text(encoding="utf-8"))["zero_optimization"]
+        if rank_states([parameters], zero, world_size).device + activation_bytes <= 0.9 * device_bytes:
             return name
     return "zero3_offload.json"
 
@@ -188,7 +183,7 @@ def quiet_deepspeed(device: "torch.device") -> Any:
     return deepspeed
 
 
-def _config_folder() -> Path:
+def config_folder() -> Path:
     """`ds_configs/` of a checkout, or the copy inside an installed wheel."""
     package = Path(__file__).parent.parent
     packed = package / "ds_configs"
