@@ -72,8 +72,12 @@ def _training(verb: AddVerb) -> None:
     p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped name or a YAML path; needs no data")
     p.add_argument("overrides", nargs="*", metavar="key.path=value")
     p.add_argument("--gpus", metavar="8xA100-80G", help="GPUs of one node, or NODESxGPUSxNAME as in 4x8xH100")
-    p.add_argument("--link", metavar="200Gb/s", help="what joins the nodes: speed of one node's network, all cards together")
-    p.add_argument("--peak-tflops", type=float, metavar="N", help="dense bf16 peak of a GPU that the table does not have")
+    p.add_argument(
+        "--link", metavar="200Gb/s", help="what joins the nodes: speed of one node's network, all cards together"
+    )
+    p.add_argument(
+        "--peak-tflops", type=float, metavar="N", help="dense bf16 peak of a GPU that the table does not have"
+    )
     p.add_argument("--memory-gb", type=float, metavar="N", help="memory of a GPU that the table does not have")
     p.add_argument("--price", type=float, metavar="P", help="of one GPU for one hour, in your currency")
     p.add_argument("--check", action="store_true", help="the time model against published speeds, held-out rows first")

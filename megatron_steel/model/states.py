@@ -135,9 +135,7 @@ def deepspeed_estimate(
         raise ValueError(f"DeepSpeed estimates stages 2 and 3, not {stage}")
     layer, per_node = 4 * largest_layer, 1 / nodes
     if not offload_optimizer:
-        return DeepSpeedEstimate(
-            layer + int(18 * p / ranks), int(largest_layer * 4 * gpus_per_node * _BUFFER_FACTOR)
-        )
+        return DeepSpeedEstimate(layer + int(18 * p / ranks), int(largest_layer * 4 * gpus_per_node * _BUFFER_FACTOR))
     if offload_param:
         return DeepSpeedEstimate(layer, int(p * 18 * per_node * _BUFFER_FACTOR))
     return DeepSpeedEstimate(layer + int(2 * p / ranks), int(p * 16 * per_node * _BUFFER_FACTOR))

@@ -43,8 +43,8 @@ class Row:
         return total / self.cluster.ranks
 
     def error(self, coefficients: dict[str, float]) -> float:
-        """Of the predicted tokens/s, relative to the published."""
-        return self.predicted(coefficients) / self.tokens_per_second - 1
+        """Of the predicted time of a step, relative to the published: above 0 is planned too slow."""
+        return self.tokens_per_second / self.predicted(coefficients) - 1
 
 
 def read() -> dict[str, Any]:

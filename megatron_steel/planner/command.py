@@ -12,7 +12,9 @@ def run(recipe: str | None, overrides: list[str], options: dict[str, Any]) -> tu
     """(plain values, text). Raises SteelError on bad input, and where nothing fits."""
     asked = [bool(recipe or options["gpus"]), options["check"], bool(options["data"])]
     if sum(asked) != 1 or (asked[0] and not (recipe and options["gpus"])):
-        raise SteelError("the command is not complete" if sum(asked) < 2 else "one plan at a time", "command line", _USAGE)
+        raise SteelError(
+            "the command is not complete" if sum(asked) < 2 else "one plan at a time", "command line", _USAGE
+        )
     if options["check"]:
         from megatron_steel.planner import calibrate
 

@@ -44,9 +44,7 @@ class Memory:
         return self.states.device + self.activations + self.head
 
 
-def memory(
-    model: Model, zero: Mapping[str, Any], cluster: Cluster, micro_batch: int, checkpointing: bool
-) -> Memory:
+def memory(model: Model, zero: Mapping[str, Any], cluster: Cluster, micro_batch: int, checkpointing: bool) -> Memory:
     """Bytes that one rank needs."""
     tokens = micro_batch * model.work.sequence_length
     return Memory(
@@ -61,9 +59,7 @@ def states(model: Model, zero: Mapping[str, Any], cluster: Cluster) -> RankState
     return rank_states(model.work.sizes, zero, cluster.ranks, model.precision, model.work.largest_layer)
 
 
-def largest_micro_batch(
-    model: Model, zero: Mapping[str, Any], cluster: Cluster, checkpointing: bool, most: int
-) -> int:
+def largest_micro_batch(model: Model, zero: Mapping[str, Any], cluster: Cluster, checkpointing: bool, most: int) -> int:
     """The most samples, up to `most`, that fit; 0 where not even one does."""
     low, high = 0, most
     while low < high:

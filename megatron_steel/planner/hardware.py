@@ -74,12 +74,11 @@ class Cluster:
 
     @property
     def slowest_link(self) -> float:
-        """bytes/s that one GPU can send along a ring over all ranks."""
+        """bytes/s along a ring over all ranks. NCCL lays as many rings as a node has network cards, each with a part of
+        the tensor, and every ring leaves a node once: the node's whole network counts, not one GPU's share of it."""
         if self.ranks == 1:
             return float("inf")
-        if self.nodes == 1:
-            return self.gpu.link
-        return min(self.gpu.link, self.node_link / self.gpus_per_node)
+        return min(self.gpu.link, self.node_link)
 
     def __str__(self) -> str:
         nodes = f"{self.nodes} nodes of " if self.nodes > 1 else ""

@@ -139,9 +139,7 @@ def _nothing_fits(model: fits.Model, recipe: Recipe, cluster: Cluster, may_check
                       else f"use a GPU of {need.device / fits.USABLE / 1e9:.0f} GB, or a smaller model")  # fmt: skip
 
 
-def _memory_table(
-    model: fits.Model, recipe: Recipe, cluster: Cluster, may_checkpoint: bool
-) -> list[dict[str, Any]]:
+def _memory_table(model: fits.Model, recipe: Recipe, cluster: Cluster, may_checkpoint: bool) -> list[dict[str, Any]]:
     """A line for each shipped file, states only; activations and head at the recipe's micro-batch beside them."""
     micro = recipe.train.micro_batch_size
     table = []
@@ -214,7 +212,9 @@ def _notes(cluster: Cluster, best: Candidate, model: fits.Model) -> list[str]:
     """What the figures do not rest on."""
     notes = [f"{cluster.gpu.name}: {cluster.gpu.note}"] if cluster.gpu.note else []
     if best.micro_batch * model.work.sequence_length < 16384:
-        notes.append("micro-batches below 16,384 tokens lie outside the published rows: host and launch time is not in it")
+        notes.append(
+            "micro-batches below 16,384 tokens lie outside the published rows: host and launch time is not in it"
+        )
     if cluster.nodes > 64:
         notes.append("more than 64 nodes lie outside the published rows")
     if "offload" in best.file:

@@ -137,7 +137,9 @@ def smallest_change(
             change = _try(model, try_file, cluster, try_checkpointing, micro_batch, global_batch)
             if change:
                 parts = [f"deepspeed.config={try_file}" if try_file != file else "", words]
-                parts.append(f"train.micro_batch_size={change.micro_batch}" if change.micro_batch != micro_batch else "")
+                parts.append(
+                    f"train.micro_batch_size={change.micro_batch}" if change.micro_batch != micro_batch else ""
+                )
                 return Change(" ".join(part for part in parts if part) or "nothing", change, cluster)
     return _more_gpus(model, cluster, global_batch, may_checkpoint)
 

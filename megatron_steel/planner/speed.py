@@ -94,9 +94,7 @@ def fixed(work: Work, setting: Setting, cluster: Cluster) -> tuple[float, float]
     return _WEIGHT_BYTES * p / cluster.gpu.bandwidth, adam
 
 
-def step_time(
-    work: Work, setting: Setting, cluster: Cluster, coefficients: dict[str, float] | None = None
-) -> StepTime:
+def step_time(work: Work, setting: Setting, cluster: Cluster, coefficients: dict[str, float] | None = None) -> StepTime:
     """Predicted seconds of one optimizer step."""
     c = COEFFICIENTS if coefficients is None else coefficients
     weights, adam = fixed(work, setting, cluster)

@@ -82,7 +82,7 @@ def work_of_model(model: Model, sequence_length: int) -> Work:
     return _counted(json.dumps([model.type, model.config]), sequence_length)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _counted(key: str, sequence_length: int) -> Work:
     from megatron_steel.model.build import build_config
 

@@ -1,7 +1,8 @@
 """What the real engine holds while it trains: run_on_ranks prints one JSON line from rank 0.
 
 held_bytes.py RECIPE DS.json ...: for each DeepSpeed file two optimizer steps of two micro-batches in bf16. Bytes are those
-of all live tensors' storages, the greatest of: late in the backward pass, between micro-batches, when Adam begins, after it.
+of all live tensors' storages, the greatest of: after the forward
+pass, late in the backward pass, between micro-batches, when Adam begins, after it.
 """
 
 import gc
@@ -52,6 +53,7 @@ def held(recipe: Recipe, file: str) -> int:
     for _ in range(2):
         for _ in range(2):
             loss = started(input_ids=ids, labels=ids) / 8
+            watch.look()
             started.backward(loss)
             del loss
             watch.look()
