@@ -3,6 +3,7 @@
 Needs the recipe alone: no data, no tokenizer, no GPU. Builds one tree of plain values (`--json`) that `show` prints.
 """
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -135,8 +136,9 @@ def _nothing_fits(model: fits.Model, recipe: Recipe, cluster: Cluster, may_check
     room = fits.USABLE * cluster.gpu.memory_bytes - need.states.device - need.head
     per_token = need.activations / model.work.sequence_length
     shorter = int(room / per_token) // 64 * 64 if room > 0 else 0
-    return SteelError(what, "--gpus", f"smallest change that fits: data.sequence_length={shorter}" if shorter
-                      else f"use a GPU of {need.device / fits.USABLE / 1e9:.0f} GB, or a smaller model")  # fmt: skip
+    least = math.ceil(need.device / fits.USABLE / 1e9)
+    change_to = f"data.sequence_length={shorter}" if shorter else f"a GPU of {least} GB (or a smaller model)"
+    return SteelError(what, "--gpus", f"smallest change that fits: {change_to}")
 
 
 def _memory_table(model: fits.Model, recipe: Recipe, cluster: Cluster, may_checkpoint: bool) -> list[dict[str, Any]]:

@@ -109,7 +109,10 @@ def test_an_impossible_fit_names_what_would_fit(capsys):
     message = capsys.readouterr().err
     assert "do not fit 1 x TOY" in message
     assert "smallest change that fits: " in message
-    assert "GPUs" in message or "sequence_length" in message
+    words[-1] = message.split("a GPU of ")[1].split()[0]
+    assert cli.main(words) == 0  # with what was named it fits
+    words[-1] = str(int(words[-1]) - 1)
+    assert cli.main(words) == 78
 
 
 @pytest.mark.parametrize(
