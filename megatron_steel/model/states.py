@@ -15,7 +15,7 @@ _DEFAULTS = {
     "reduce_bucket_size": 5e8,
     "stage3_param_persistence_threshold": 1e5,
     "stage3_max_live_parameters": 1e9,
-    "stage3_prefetch_bucket_size": 5e7,
+    "sub_group_size": 1e9,
 }
 _BUFFER_FACTOR = 1.5  # `additional_buffer_factor` of DeepSpeed's estimator, for memory of the host
 
@@ -29,7 +29,7 @@ class RankStates:
     optimizer: int
     """fp32 master weights and both moments."""
     buffers: int
-    """Buckets of the gradient reduction."""
+    """Buckets of the gradient reduction, and copies that live only while Adam steps."""
     host: int = 0
 
     @property
@@ -56,27 +56,29 @@ def rank_states(
         ranks: data-parallel ranks.
         precision: `bf16` or `fp32`.
         largest: elements that ZeRO-3 must gather at one time whatever its limits (the largest module's own).
+
+    Raises ValueError for offload at stages 1 and 2.
     """
     stage, p = int(zero.get("stage", 0)), sum(sizes)
-    share = -(-p // ranks)
-    low = 2 if precision == "bf16" else 4
+    share, low = -(-p // ranks), 2 if precision == "bf16" else 4
+    offload = zero.get("offload_optimizer", {}).get("device", "none") not in ("none", None)
     if stage == 0:
         return _replicated(p, low)
-    offload = zero.get("offload_optimizer", {}).get("device", "none") not in ("none", None)
-    master = 4 * share if precision == "bf16" else 0
-    optimizer, host = (0, 8 * share + 4 * share) if offload else (master + 8 * share, 0)
-    bucket = _bucket_bytes(stage, zero, p, low)
-    if stage < 3:
-        whole = 4 * p if stage == 1 else 4 * share
-        gradients = whole + (low * p if stage == 1 else 0)
-        if offload:
-            gradients, host = low * share, host + 4 * share
-        return RankStates(low * p, gradients, optimizer, bucket, host)
-    gathered = _gathered(sizes, zero, largest)
-    gradients = 4 * share
-    if offload:
-        gradients, host = 0, host + 8 * share
-    return RankStates(low * (share + gathered), gradients, optimizer, bucket, host)
+    if offload and stage < 3:
+        raise ValueError(f"what stage {stage} holds with offload_optimizer was never compared with the engine")
+    adam = (12 if precision == "bf16" else 8) * share
+    bucket = _bucket_bytes(stage, zero, low)
+    if stage == 1:
+        # fp32 sums of all parameters, beside which the gradients of one micro-batch live or, at the end, the buckets.
+        return RankStates(low * p, (4 + low) * p, adam, max(0, bucket - low * p))
+    if stage == 2:
+        return RankStates(low * p, 4 * share, adam, bucket)
+    gathered = low * _gathered(sizes, zero, largest)
+    if offload:  # in the host's memory beside Adam's: the fp32 sums, and their copy that Adam reads
+        return RankStates(low * share + gathered, 0, 0, bucket, adam + 8 * share)
+    # When Adam begins nothing is gathered any more, but its gradients exist once more in fp32, a sub-group at a time.
+    copy = 4 * min(share, int(zero.get("sub_group_size", _DEFAULTS["sub_group_size"])))
+    return RankStates(low * share + gathered, 4 * share, adam, bucket + max(0, copy - gathered))
 
 
 def _replicated(p: int, low: int) -> RankStates:
@@ -86,7 +88,7 @@ def _replicated(p: int, low: int) -> RankStates:
     return RankStates(2 * p, 2 * p + 4 * p, 12 * p, 0)
 
 
-def _bucket_bytes(stage: int, zero: Mapping[str, Any], p: int, low: int) -> int:
+def _bucket_bytes(stage: int, zero: Mapping[str, Any], low: int) -> int:
     """Contiguous buckets: two where reduction overlaps the backward pass (stages 1 and 2), one in stage 3."""
     if not zero.get("contiguous_gradients", True):
         return 0

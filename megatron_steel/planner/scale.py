@@ -67,6 +67,16 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def hop_budget(work: Work, cluster: Cluster, micro_batch: int, gathers_a_layer: int = 3) -> float:
+    """Seconds that one hop of a ring may take so that ZeRO-3's collectives still hide behind the layers' computation.
+
+    A ring collective over N ranks has N - 1 hops one after another, whatever it carries; ZeRO-3 starts about three a
+    layer (gather, gather, reduce) in the time of a micro-batch.
+    """
+    compute = speed.step_time(work, speed.Setting(3, micro_batch, 1), cluster).compute
+    return compute / (gathers_a_layer * work.layers * (cluster.ranks - 1))
+
+
 def _states(work: Work, scheme: traffic.Scheme, cluster: Cluster) -> int:
     zero: dict[str, Any] = zero_section("zero1.json" if scheme == 1 else "zero3.json")
     states = rank_states(work.sizes, zero, cluster.ranks, "bf16", work.largest_layer).device

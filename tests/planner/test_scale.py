@@ -1,5 +1,6 @@
 """The tables of docs/scale.md and docs/plan.md are the planner's own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,22 @@ from megatron_steel.recipe import load_recipe
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
+WORK = work_of_model(load_recipe("tinyllama-1.1b").model, 2048)
+FAST, SLOW = (parse_cluster("2x8xH100", link) for link in ("3200Gb/s", "100Gb/s"))
+
+
 @pytest.fixture(scope="module")
 def rows():
-    work = work_of_model(load_recipe("tinyllama-1.1b").model, 2048)
-    return scale.table(work, parse_cluster("2x8xH100", "3200Gb/s"), micro_batch=8)
+    return scale.table(WORK, FAST, micro_batch=8)
 
 
-def test_the_table_of_the_page_is_what_the_functions_say(rows):
-    assert scale.as_markdown(rows) in (DOCS / "scale.md").read_text(encoding="utf-8")
+def test_the_tables_of_the_page_are_what_the_functions_say(rows):
+    page = (DOCS / "scale.md").read_text(encoding="utf-8")
+    assert scale.as_markdown(rows) in page
+    assert scale.as_markdown(scale.table(WORK, SLOW, micro_batch=8, nodes=(1, 8, 1000))) in page
+    for nodes in (8, 64, 1000):
+        budget = scale.hop_budget(WORK, replace(FAST, nodes=nodes), 8)
+        assert f"| {nodes:,} | {nodes * 8 - 1:,} | {budget * 1e6:.1f} |" in page
 
 
 def test_volumes_are_those_of_the_papers():
