@@ -73,7 +73,7 @@ def rank_states(
         return RankStates(low * p, (4 + low) * p, adam, max(0, bucket - low * p))
     if stage == 2:
         return RankStates(low * p, 4 * share, adam, bucket)
-    gathered = low * _gathered(sizes, zero, largest)
+    gathered = low * _gathered(sizes, zero, largest) if ranks > 1 else 0  # one rank's share is the whole
     if offload:  # in the host's memory beside Adam's: the fp32 sums, and their copy that Adam reads
         return RankStates(low * share + gathered, 0, 0, bucket, adam + 8 * share)
     # When Adam begins nothing is gathered any more, but its gradients exist once more in fp32, a sub-group at a time.

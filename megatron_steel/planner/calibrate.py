@@ -113,7 +113,9 @@ def as_text(found: dict[str, Any], every_row: bool = True) -> str:
     """The table of the check, held-out rows first to last, and its errors."""
     lines = []
     if every_row:
-        lines.append("published and planned in tokens/s/GPU; the error is of the time of a step, above 0: planned too slow")
+        lines.append(
+            "published and planned in tokens/s/GPU; the error is of the time of a step, above 0: planned too slow"
+        )
         lines.append(f"{'held out':9} {'model':14} {'GPUs':>13} {'sample':>6} {'micro':>5} {'ckpt':>4} "
                      f"{'published':>9} {'planned':>9} {'error':>7}")  # fmt: skip
         for row in [r for r in found["rows"] if r["held_out"]] + found["other_rows"]:

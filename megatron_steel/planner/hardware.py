@@ -78,6 +78,8 @@ class Cluster:
         the tensor, and every ring leaves a node once: the node's whole network counts, not one GPU's share of it."""
         if self.ranks == 1:
             return float("inf")
+        if self.nodes == 1:
+            return self.gpu.link
         return min(self.gpu.link, self.node_link)
 
     def __str__(self) -> str:

@@ -66,7 +66,8 @@ def ranked(model: fits.Model, cluster: Cluster, global_batch: int, may_checkpoin
     """Every file with and without checkpointing at its best micro-batch that fits, the fastest first.
 
     Among settings within a hundredth of the fastest the one that shards least comes first: it communicates least and
-    its checkpoints are simplest. Empty where nothing fits.
+    its checkpoints are simplest. Offload comes after all others, since its speed is assumed and not fitted. Empty where
+    nothing fits.
     """
     found = []
     cuts = divisors(global_batch, cluster.ranks)
@@ -81,9 +82,10 @@ def ranked(model: fits.Model, cluster: Cluster, global_batch: int, may_checkpoin
         return []
     best = max(c.tokens_per_second for c in found)
 
-    def order(c: Candidate) -> tuple[bool, float, int]:
+    def order(c: Candidate) -> tuple[bool, bool, float, int]:
         near = c.tokens_per_second >= 0.99 * best
-        return not near, 0.0 if near else -c.tokens_per_second, _FEWER_BYTES_FIRST[c.file] + 10 * c.checkpointing
+        least = _FEWER_BYTES_FIRST[c.file] + 10 * c.checkpointing
+        return "offload" in c.file, not near, 0.0 if near else -c.tokens_per_second, least
 
     return sorted(found, key=order)
 

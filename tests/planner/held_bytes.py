@@ -1,8 +1,8 @@
-"""What the real engine holds while it trains: run_on_ranks prints one JSON line from rank 0.
+"""What the real engine holds while it trains: one JSON line from rank 0.
 
-held_bytes.py RECIPE DS.json ...: for each DeepSpeed file two optimizer steps of two micro-batches in bf16. Bytes are those
+held_bytes.py RECIPE DS.json ...: for each DeepSpeed file two optimizer steps in bf16. Bytes are those
 of all live tensors' storages, the greatest of: after the forward
-pass, late in the backward pass, between micro-batches, when Adam begins, after it.
+pass, late in the backward pass, after it, when Adam begins.
 """
 
 import gc
@@ -23,20 +23,16 @@ class Watch:
     """The most bytes seen at one time, without the tensors that were there before."""
 
     def __init__(self) -> None:
-        self._before = self._tensors()  # held, so that no address is used twice
-        self._known = {t.untyped_storage().data_ptr() for t in self._before}
+        gc.collect()
+        gc.freeze()  # what exists now is looked at no more, which also makes a look cheap
         self.peak = 0
-
-    @staticmethod
-    def _tensors() -> list[torch.Tensor]:
-        found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
-        found += [t.grad for t in found if t.is_leaf and t.grad is not None]
-        return [t for t in found if t.device.type != "meta"]
 
     def look(self, *_: Any) -> None:
         gc.collect()
-        storages = {s.data_ptr(): s.nbytes() for t in self._tensors() if (s := t.untyped_storage()).nbytes()}
-        self.peak = max(self.peak, sum(size for place, size in storages.items() if place not in self._known))
+        found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+        found += [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
+        kept = {s.data_ptr(): s.nbytes() for t in found if t.device.type != "meta" and (s := t.untyped_storage())}
+        self.peak = max(self.peak, sum(kept.values()))
 
 
 def held(recipe: Recipe, file: str) -> int:
@@ -51,14 +47,13 @@ def held(recipe: Recipe, file: str) -> int:
     adam = register_optimizer_step_pre_hook(watch.look)
     ids = torch.zeros((1, 8), dtype=torch.int64)
     for _ in range(2):
-        for _ in range(2):
+        for _ in range(config["gradient_accumulation_steps"]):
             loss = started(input_ids=ids, labels=ids) / 8
             watch.look()
             started.backward(loss)
             del loss
             watch.look()
             started.step()
-            watch.look()
     late.remove()
     adam.remove()
     return watch.peak

@@ -44,6 +44,7 @@ def test_one_figure_follows_from_the_other(steel):
         assert s["micro_batch"] <= s["largest_micro_batch"]
         assert s["memory"] <= fits.USABLE * 80e9
     assert best["tokens_per_second"] >= 0.99 * max(s["tokens_per_second"] for s in steel["settings"])
+    assert ["offload" in s["file"] for s in steel["settings"]] == [False] * 6 + [True] * 2
     for row in steel["memory"]:
         assert row["states"] == row["weights"] + row["gradients"] + row["optimizer"] + row["buffers"]
         assert row["total"] == row["states"] + row["head"] + row["activations"]
