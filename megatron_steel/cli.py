@@ -123,6 +123,8 @@ def _data(verb: AddVerb) -> None:
                    help="share of documents for PREFIX-validation, chosen by content (default: 0)")  # fmt: skip
     p.add_argument("--max-malformed-ratio", type=float, default=0.001, metavar="R",
                    help="fail where more than this share of the rows is malformed (default: 0.001)")  # fmt: skip
+    p.add_argument("--min-tokens", type=int, default=0, metavar="N", help="leave out documents with fewer tokens")
+    p.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out documents with fewer characters")
     p.add_argument("--shuffle", action="store_true", help="permute the documents, for corpora that lie sorted")
     p.add_argument("--seed", type=int, default=0, help="which permutation (default: 0)")
 

@@ -1,8 +1,10 @@
-"""What this rank's device is and holds: which sharding fits, which micro-batch would have fitted, its peak speed.
+"""What this rank's device is and holds: which sharding fits, which kernels run, which micro-batch would have fitted, its
+peak speed.
 
 Estimates from a plan, before and while it trains. Builds nothing and knows nothing of data.
 """
 
+import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,22 +15,43 @@ from megatron_steel.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
+
+    from megatron_steel.model.kernels import Choice
 
 
 def sharding(recipe: Recipe, plan: RunPlan, device: "torch.device") -> str:
     """`deepspeed.config`, with `auto` resolved by the memory of this rank's device."""
-    from megatron_steel.model.memory import activation_bytes_per_sample
-    from megatron_steel.train.engine import smallest_stage_that_fits
-
     if recipe.deepspeed.config != "auto":
         return recipe.deepspeed.config
-    per_sample = activation_bytes_per_sample(
-        plan.config, recipe.data.sequence_length, recipe.train.precision, recipe.train.activation_checkpointing
-    )
-    activations = per_sample * recipe.train.micro_batch_size
-    chosen = smallest_stage_that_fits(plan.parameters, activations, _device_bytes(device), dist.world_size())
+    chosen = smallest_sharding(recipe, plan.config, plan.parameters, _device_bytes(device), dist.world_size())
     dist.log.info("deepspeed.config: auto takes %s", chosen)
     return chosen
+
+
+def smallest_sharding(
+    recipe: Recipe, config: "PretrainedConfig", parameters: int, device_bytes: int, world_size: int
+) -> str:
+    """The file of `ds_configs/` with the lowest stage that trains the recipe's micro-batch in so much memory a rank."""
+    from megatron_steel.model.memory import activation_bytes_per_sample, head_bytes
+    from megatron_steel.train.engine import smallest_stage_that_fits
+
+    length, train = recipe.data.sequence_length, recipe.train
+    per_sample = activation_bytes_per_sample(config, length, train.precision, train.activation_checkpointing)
+    head = head_bytes(config, train.micro_batch_size * length, train.precision)
+    return smallest_stage_that_fits(parameters, per_sample * train.micro_batch_size + head, device_bytes, world_size)
+
+
+def kernels(recipe: Recipe, plan: RunPlan, device: "torch.device") -> "Choice":
+    """The recipe's `kernels` on this rank's device. Raises SteelError where one asked for by name cannot run."""
+    import torch
+
+    from megatron_steel.model.build import construct
+    from megatron_steel.model.kernels import choose
+
+    with torch.device("meta"):
+        model = construct(plan.config, torch.float32)
+    return choose(recipe.kernels, model, device, recipe.train.precision, recipe.data.document_mask)
 
 
 def _device_bytes(device: "torch.device") -> int:
@@ -52,7 +75,8 @@ def out_of_memory(recipe: Recipe, plan: RunPlan, device: "torch.device") -> Call
     free = int(0.9 * torch.cuda.get_device_properties(device).total_memory) - torch.cuda.memory_allocated(device)
 
     def remedy() -> str:
-        tried, batch = recipe.train.micro_batch_size, recipe.train.global_batch_size // dist.world_size()
+        tried, batches = recipe.train.micro_batch_size, [s.global_batch_size for s in recipe.train.batch_ramp]
+        batch = math.gcd(recipe.train.global_batch_size, *batches) // dist.world_size()
         cuts = [m for m in range(1, tried) if batch % m == 0]  # smaller than what has just failed, and it divides
         for checkpointing in sorted({recipe.train.activation_checkpointing, True}):
             fits = largest_micro_batch(

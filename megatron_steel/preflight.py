@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_steel.data.dataset import BlendedDataset
     from megatron_steel.data.loader import Batch
     from megatron_steel.data.order import OrderState, Segment
+    from megatron_steel.data.ramp import Ramp
     from megatron_steel.data.segments import Member
     from megatron_steel.data.tokenizer import Tokenizer
 
@@ -48,6 +49,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     from megatron_steel.data.tokenizer import load_tokenizer
     from megatron_steel.model.build import build_config, construct
     from megatron_steel.model.flops import flops_per_token, parameters
+    from megatron_steel.model.groups import by_pattern
     from megatron_steel.model.training import require_document_mask
 
     def check() -> RunPlan:
@@ -56,6 +58,11 @@ def plan_run(recipe: Recipe) -> RunPlan:
         if recipe.data.document_mask:
             with torch.device("meta"):
                 require_document_mask(construct(config, torch.float32))
+        if recipe.optim.lr_ratio or recipe.model.init_std:
+            with torch.device("meta"):
+                model = construct(config, torch.float32)
+            by_pattern(model, recipe.optim.lr_ratio, "optim.lr_ratio")
+            by_pattern(model, recipe.model.init_std, "model.init_std")
         train = _members(recipe.data.train, config.vocab_size, tokenizer)
         validation = _members(recipe.data.validation, config.vocab_size, tokenizer) if recipe.data.validation else []
         length = recipe.data.sequence_length
@@ -86,21 +93,46 @@ def total_steps(recipe: Recipe, members: "list[Member]", checkpoint: "Checkpoint
     `train.tokens` is rounded up to whole steps; a last batch that `train.epochs` would not fill is left out.
     """
     from megatron_steel.data.order_json import from_json
+    from megatron_steel.data.ramp import steps_of
     from megatron_steel.data.segments import samples_per_epoch
 
-    train, batch, done = recipe.train, recipe.train.global_batch_size, checkpoint.step if checkpoint else 0
+    train, length, done = recipe.train, recipe.data.sequence_length, checkpoint.step if checkpoint else 0
+    ramp = batch_ramp(recipe)
     if train.steps is not None:
         return train.steps
+    trained = from_json(checkpoint.manifest["order"], checkpoint.path).trained_samples if checkpoint else 0
     if train.tokens is not None:
         missing = train.tokens - (checkpoint.manifest["tokens"] if checkpoint else 0)
-        return done + max(0, math.ceil(missing / (batch * recipe.data.sequence_length)))
-    samples = int((train.epochs or 0) * samples_per_epoch(members, recipe.data.sequence_length))
-    trained = from_json(checkpoint.manifest["order"], checkpoint.path).trained_samples if checkpoint else 0
-    steps = done + max(0, samples - trained) // batch
+        whole, rest = steps_of(ramp, trained, max(0, math.ceil(missing / length)))
+        return done + whole + (rest > 0)
+    samples = int((train.epochs or 0) * samples_per_epoch(members, length))
+    steps = done + steps_of(ramp, trained, max(0, samples - trained))[0]
     if steps == 0:
-        what = f"{train.epochs} epochs are {samples} samples, less than one batch of {batch}"
+        what = f"{train.epochs} epochs are {samples} samples, less than one batch of {ramp[0][1]}"
         raise SteelError(what, "train.epochs, train.global_batch_size", "train longer, or make the batch smaller")
     return steps
+
+
+def batch_ramp(recipe: Recipe) -> "Ramp":
+    """Samples per step over the whole run, the last piece without an end. Raises SteelError for an impossible stage."""
+    from megatron_steel.data.ramp import Stage, endless, plan_ramp
+
+    stages = [Stage(s.global_batch_size, s.until_tokens, s.until_steps) for s in recipe.train.batch_ramp]
+    try:
+        return endless(plan_ramp(stages, recipe.data.sequence_length), recipe.train.global_batch_size)
+    except ValueError as error:
+        raise SteelError(str(error), "train.batch_ramp", "let every stage end later than the one before") from None
+
+
+def samples_to_come(recipe: Recipe, steps: int, checkpoint: "Checkpoint | None") -> int:
+    """Samples that the run still trains until step `steps`."""
+    from megatron_steel.data.order_json import from_json
+    from megatron_steel.data.ramp import samples_of
+
+    if checkpoint is None:
+        return samples_of(batch_ramp(recipe), 0, steps)
+    trained = from_json(checkpoint.manifest["order"], checkpoint.path).trained_samples
+    return samples_of(batch_ramp(recipe), trained, max(0, steps - checkpoint.step))
 
 
 def plan_order(recipe: Recipe, members: "list[Member]", steps: int, checkpoint: "Checkpoint | None") -> "OrderState":
@@ -115,10 +147,10 @@ def plan_order(recipe: Recipe, members: "list[Member]", steps: int, checkpoint: 
         before = from_json(checkpoint.manifest["order"], checkpoint.path) if checkpoint else None
         if checkpoint and before:
             _refuse_replaced(recipe, members, checkpoint, before)
-        batch = recipe.train.global_batch_size
         # A checkpoint fixes how many samples its steps took, also where the batch was another then.
-        wanted = (steps - checkpoint.step) * batch + before.trained_samples if checkpoint and before else steps * batch
-        return plan_segments(before, members, recipe.data.sequence_length, batch, max(1, wanted), recipe.run.seed)
+        wanted = samples_to_come(recipe, steps, checkpoint) + (before.trained_samples if before else 0)
+        batch, ramp = recipe.train.global_batch_size, batch_ramp(recipe)[:-1]
+        return plan_segments(before, members, recipe.data.sequence_length, batch, max(1, wanted), recipe.run.seed, ramp)
 
     order = dist.together(make)
     assert order is not None
@@ -152,13 +184,17 @@ def _refuse_replaced(recipe: Recipe, members: "list[Member]", checkpoint: "Check
 
 def _changed(before: "Segment", order: "OrderState", members: "list[Member]") -> str:
     """Which keys of the recipe order the data otherwise than `before` did."""
+    from megatron_steel.data.ramp import ahead
+
     now = next(s for s in order.segments if s.first_sample == order.next_sample)
+    ramps = [ahead(s.ramp, order.trained_samples) for s in (before, now)]
     names = {m.digest: Path(m.prefix).name for m in members}
     changed = [
         f"{key} was {old} and is now {new}"
         for key, old, new in (
             ("train.global_batch_size", before.batch, now.batch),
             ("data.sequence_length", before.sequence_length, now.sequence_length),
+            ("train.batch_ramp", *([f"{batch} until sample {until:,}" for until, batch in ramp] for ramp in ramps)),
         )
         if old != new
     ]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megatron_steel.checkpoint.commit import Checkpoint
     from megatron_steel.data.loader import Loader
     from megatron_steel.data.order import OrderState
+    from megatron_steel.model.kernels import Choice
     from megatron_steel.train.guard import Guard
     from megatron_steel.train.monitor import Monitor
     from megatron_steel.train.report import Report
@@ -96,15 +97,19 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     from megatron_steel.train.monitor import Monitor
 
     folder = Path(recipe.run.dir).expanduser()
+    dist.together(lambda: engines.refuse_precision(recipe.train.precision, device))
     plan = preflight.plan_run(recipe)
     sharding = dist.together(lambda: engines.read_config(device_facts.sharding(recipe, plan, device)))
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
+    chosen = dist.together(lambda: device_facts.kernels(recipe, plan, device))
     assert config is not None
+    assert chosen is not None
     seen = published(folder / "checkpoints")
     checkpoint = run_folder.find_checkpoint(recipe, plan, folder)
     steps = dist.together(lambda: preflight.total_steps(recipe, plan.train, checkpoint)) or 0
     order = preflight.plan_order(recipe, plan.train, steps, checkpoint)
     _announce(recipe, plan, steps, config, checkpoint)
+    dist.log.info("kernels: %s", chosen)
     if dry_run and getattr(plan.config, "sees_future", False):  # nothing is built, so nothing is audited
         dist.log.warning("FFN_type %s lets every position see later tokens", getattr(plan.config, "FFN_type", ""))
     if dry_run or (checkpoint and checkpoint.step >= steps):
@@ -115,7 +120,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     if dist.is_main():
         room = 2 if checkpoint else recipe.train.keep_last + 1
         warn_of_space(folder / "checkpoints", state.first_checkpoint_bytes(plan.parameters), room)
-    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device)
+    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device, chosen)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
     watch.skipped_steps = progress.skipped_steps
     spikes = _spikes(recipe, progress, order)
@@ -124,7 +129,8 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     monitor.text("recipe", run_folder.as_yaml(recipe))
     dataset = preflight.open_dataset(plan.train, order)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
-    with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask) as loader:
+    pin = device.type == "cuda"
+    with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask, pin=pin) as loader:
 
         def save(step: int, tokens: int) -> Path:
             replicas.compare(engine, step)
@@ -140,6 +146,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             monitor=monitor,
             watch=watch,
             next_batches=loader.step,
+            labels_ahead=loader.labels_ahead,
             validation=preflight.validation_batches_of(recipe, plan),
             save=state.Saves(save),
             position=lambda: preflight.position(loader.state, plan.train),
@@ -147,6 +154,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             spikes=spikes,
             roll_back=lambda: spikes and _roll_back(recipe, plan, engine, loader, monitor, watch, spikes),
             steps=steps,
+            total_tokens=total_tokens(recipe, steps, checkpoint),
             step=progress.step,
             tokens=progress.tokens,
             flops_per_token=plan.flops_per_token,
@@ -170,6 +178,7 @@ def _start_engine(
     config: dict[str, Any],
     checkpoint: "Checkpoint | None",
     device: "torch.device",
+    chosen: "Choice",
 ) -> "tuple[DeepSpeedEngine, list[list[str]], bool | None]":
     """The engine, the names of the parameters in each optimizer group, and (on rank 0) the audit's verdict."""
     from megatron_steel.model import build
@@ -177,12 +186,17 @@ def _start_engine(
 
     def make() -> Any:
         start_from = None if checkpoint else recipe.model.init_from
-        model = build.build_model(plan.config, recipe.run.seed, start_from, recipe.model.trust_code)
+        model = build.build_model(
+            plan.config, recipe.run.seed, start_from, recipe.model.trust_code, recipe.model.init_std
+        )
         causal = _audit(model, Path(recipe.run.dir).expanduser()) if dist.is_main() else None
-        return build.prepare_for_training(model, recipe.train.activation_checkpointing), causal
+        train = recipe.train
+        return build.prepare_for_training(model, train.activation_checkpointing, chosen, train.z_loss), causal
 
     model, causal = dist.together(make) or (None, None)
-    groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)
+    o = recipe.optim
+    muon = (o.muon_lr or o.lr) / o.lr if o.name == "muon" else None
+    groups = build.decay_groups(model, o.weight_decay, o.weight_decay_on, o.lr_ratio, muon)
     names = {id(p): name for name, p in model.named_parameters()}
     group_names = [[names[id(p)] for p in group["params"]] for group in groups]
     return engines.start_engine(model, groups, recipe.optim, config, device), group_names, causal
@@ -238,7 +252,6 @@ def _roll_back(
             folder,
             loader.state,
             lambda c: from_json(c.manifest["order"], c.path),
-            recipe.train.global_batch_size,
         )
     if back is None:
         if dist.is_main():
@@ -260,16 +273,20 @@ def _roll_back(
     return progress.step, progress.tokens
 
 
+def total_tokens(recipe: Recipe, steps: int, checkpoint: "Checkpoint | None") -> int:
+    """Tokens that the run will have trained on when it is complete."""
+    done = checkpoint.manifest["tokens"] if checkpoint else 0
+    return done + preflight.samples_to_come(recipe, steps, checkpoint) * recipe.data.sequence_length
+
+
 def _announce(
     recipe: Recipe, plan: preflight.RunPlan, steps: int, config: dict[str, Any], checkpoint: "Checkpoint | None"
 ) -> None:
     from megatron_steel.train.engine import zero_stage
 
-    before = (checkpoint.step, checkpoint.manifest["tokens"]) if checkpoint else (0, 0)
-    tokens = before[1] + (steps - before[0]) * recipe.train.global_batch_size * recipe.data.sequence_length
     dist.log.info(
         "%s: %s parameters, %s steps, %s tokens, %d ranks, ZeRO %d, micro-batch %d x %d",
-        recipe.run.dir, f"{plan.parameters:,}", f"{steps:,}", f"{tokens:,}", dist.world_size(), zero_stage(config),
+        recipe.run.dir, f"{plan.parameters:,}", f"{steps:,}", f"{total_tokens(recipe, steps, checkpoint):,}", dist.world_size(), zero_stage(config),
         recipe.train.micro_batch_size, config["gradient_accumulation_steps"],
     )  # fmt: skip
     if checkpoint:

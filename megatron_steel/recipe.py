@@ -55,6 +55,8 @@ class Model(_Section):
     """Allow modelling code that lies in `model.path`."""
     init_from: str | None = None
     """A Hugging Face folder whose weights the run starts from."""
+    init_std: dict[str, float] = field(default_factory=dict)
+    """{pattern of parameter names: standard deviation} where it is not the class's own; the first that matches decides."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +81,53 @@ class Data(_Section):
 class Optim(_Section):
     lr: float
     """Peak learning rate."""
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """`muon`: for the matrices between embeddings and head, AdamW for the rest."""
     kernel: Literal["auto", "apex", "deepspeed", "torch"] = "auto"
     """Which fused Adam; `auto` takes the fastest that is present and compiles nothing."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    weight_decay_on: Literal["matrices", "matrices_without_embeddings", "all"] = "matrices"
     """`matrices`: tensors of two and more dimensions; `all`: norms and biases too."""
+    lr_ratio: dict[str, float] = field(default_factory=dict)
+    """{pattern of parameter names: factor on the learning rate}; the first that matches decides."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon's matrices; `lr` when left out."""
+    muon_momentum: float = 0.95
+    muon_adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """torch.optim.Muon's: `match_rms_adamw` makes steps as large as AdamW's, so that its rates hold."""
     clip_grad_norm: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
 
 
 @dataclass(frozen=True)
 class Schedule(_Section):
-    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    name: Literal["constant", "linear", "cosine", "wsd", "one_cycle"] = "cosine"
     warmup_steps: int = 0
+    warmup_tokens: int | None = None
+    """Instead of steps: the run's place in its schedule is then counted in tokens."""
+    warmup_ratio: float | None = None
+    """Instead of steps: a share of the run's (`one_cycle`: OneCycleLR's pct_start)."""
+    initial_lr_ratio: float = 0.0
+    """Where the warm-up begins, as a share of the peak."""
     decay_ratio: float = 0.1
     """`wsd`: the share of the run's steps that the final decay takes."""
+    decay_shape: Literal["linear", "exponential", "sqrt"] = "linear"
+    """`wsd`: how it falls; `sqrt` is 1 - sqrt(x), `exponential` min_lr_ratio^x."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
+    horizon_ratio: float = 1.0
+    """`linear`, `cosine`: where the end lies, in lengths of the run; above 1 the run stops before it."""
+
+
+@dataclass(frozen=True)
+class BatchStage(_Section):
+    """Before the run has trained `until_tokens`, or done `until_steps` (one of the two), a step takes so many samples."""
+
+    global_batch_size: int
+    until_tokens: int | None = None
+    until_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,10 +136,13 @@ class Train(_Section):
     """Samples per optimizer step, over all ranks."""
     micro_batch_size: int
     """Samples per rank and forward pass."""
+    batch_ramp: list[BatchStage] = field(default_factory=list)
+    """Smaller global batches at the start of the run, by fewer micro-batches; then `global_batch_size`."""
     steps: int | None = None
     tokens: int | None = None
     epochs: float | None = None
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """`fp16`: with a dynamic loss scale, on a GPU."""
     log_every_steps: int = 10
     eval_every_steps: int = 500
     eval_samples: int = 256
@@ -121,6 +153,8 @@ class Train(_Section):
     keep_every_steps: int | None = None
     """Checkpoints of steps that this divides are never deleted: a multiple of `save_every_steps`."""
     activation_checkpointing: bool = False
+    z_loss: float = 0.0
+    """Coefficient of the squared log of the softmax's sum (PaLM 1e-4, OLMo 2 1e-5); not in the loss that is logged."""
     spike_score: float | None = None
     """A loss this many robust deviations above the last 128 (three steps in a row, or one step by ten times that)
     sends the run back to the newest checkpoint before it, without the samples around it; 6 is common, null: never."""
@@ -132,6 +166,22 @@ class Train(_Section):
     """No progress for so long: write the stacks of all ranks to the run folder and leave with exit code 70; null: never."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues when the run folder holds a whole checkpoint; `never` refuses a used folder."""
+
+
+@dataclass(frozen=True)
+class Kernels(_Section):
+    """How things are computed, never what; `auto` takes what runs on the device and never fails."""
+
+    head: Literal["auto", "chunked", "liger", "plain"] = "auto"
+    """Linear and cross-entropy: in chunks of 4096 tokens, Liger's, or whole logits."""
+    attention: Literal[
+        "auto", "cudnn", "flash", "efficient", "math", "flash_attention_2", "flash_attention_3", "flex"
+    ] = "auto"
+    """One of torch's back ends, the flash-attn package, or FlexAttention."""
+    fused: Literal["auto", "liger", "apex", "torch"] = "auto"
+    """Norm, rotary positions and SwiGLU, where layers are not compiled."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile of each decoder layer; `auto`: on a GPU where triton is."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +199,7 @@ class Recipe(_Section):
     train: Train
     run: Run = field(default_factory=Run)
     schedule: Schedule = field(default_factory=Schedule)
+    kernels: Kernels = field(default_factory=Kernels)
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,6 +209,8 @@ class Recipe(_Section):
 
 # Of the keys in one group exactly one may be set; an override of one clears the others.
 _EXCLUSIVE = (("train.steps", "train.tokens", "train.epochs"), ("model.type", "model.path"))
+# Of these at most one.
+_ALTERNATIVES = (("schedule.warmup_steps", "schedule.warmup_tokens", "schedule.warmup_ratio"),)
 
 
 class _Loader(yaml.SafeLoader):
@@ -233,20 +286,23 @@ def from_dict(tree: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def accumulation_steps(train: Train, world_size: int) -> int:
-    """Micro-batches that one rank adds up per optimizer step.
+    """Micro-batches that one rank adds up per optimizer step, once a batch ramp is over.
 
-    Raises SteelError when global batch != micro batch x ranks x a whole number.
+    Raises SteelError when a global batch != micro batch x ranks x a whole number.
     """
     per_pass = train.micro_batch_size * world_size
-    if train.global_batch_size % per_pass:
-        fits = [m for m in range(1, train.micro_batch_size + 1) if train.global_batch_size % (m * world_size) == 0]
+    for batch in (*(stage.global_batch_size for stage in train.batch_ramp), train.global_batch_size):
+        if batch % per_pass == 0:
+            continue
+        fits = [m for m in range(1, train.micro_batch_size + 1) if batch % (m * world_size) == 0]
         remedy = (
             f"train.micro_batch_size={fits[-1]} fits" if fits else f"make the global batch a multiple of {world_size}"
         )
         raise SteelError(
-            f"a global batch of {train.global_batch_size} samples cannot be cut into micro-batches of "
+            f"a global batch of {batch} samples cannot be cut into micro-batches of "
             f"{train.micro_batch_size} on {world_size} ranks ({per_pass} samples a pass)",
-            "train.global_batch_size, train.micro_batch_size",
+            ("train.global_batch_size" if batch == train.global_batch_size else "train.batch_ramp")
+            + ", train.micro_batch_size",
             remedy,
         )
     return train.global_batch_size // per_pass
@@ -261,6 +317,10 @@ def _conflicts(tree: dict[str, Any]) -> list[str]:
         if len(present) != 1:
             names = ", ".join(present) if present else "none of " + ", ".join(group)
             problems.append(f"{names} set: exactly one of {', '.join(group)} is needed")
+    for group in _ALTERNATIVES:
+        present = [key for key in group if _get(tree, key)]
+        if len(present) > 1:
+            problems.append(f"{', '.join(present)} set: give one of them")
     return problems
 
 
@@ -274,20 +334,38 @@ def _impossible_values(recipe: Recipe) -> list[str]:
         "train.eval_samples": t.eval_samples, "train.save_every_steps": t.save_every_steps,
         "train.keep_last": t.keep_last, "train.keep_every_steps": t.keep_every_steps,
         "train.stop_after_minutes": t.stop_after_minutes, "train.spike_score": t.spike_score,
-        "train.hang_after_seconds": t.hang_after_seconds,
+        "optim.muon_lr": o.muon_lr, **{f"optim.lr_ratio.{k}": v for k, v in o.lr_ratio.items()},
+        **{f"model.init_std.{k}": v for k, v in recipe.model.init_std.items()},
+        "train.hang_after_seconds": t.hang_after_seconds, "schedule.horizon_ratio": s.horizon_ratio,
     }  # fmt: skip
     problems = [
         f"{key}: {value} must be above 0 and finite"
         for key, value in positive.items()
         if value is not None and not 0 < value < math.inf
     ]
-    shares = {"schedule.decay_ratio": s.decay_ratio, "schedule.min_lr_ratio": s.min_lr_ratio}
+    shares = {"schedule.decay_ratio": s.decay_ratio, "schedule.min_lr_ratio": s.min_lr_ratio,
+              "schedule.initial_lr_ratio": s.initial_lr_ratio, "schedule.warmup_ratio": s.warmup_ratio or 0.0}  # fmt: skip
     problems += [f"{key}: {value} is not between 0 and 1" for key, value in shares.items() if not 0 <= value <= 1]
-    not_below = {"optim.weight_decay": o.weight_decay, "optim.clip_grad_norm": o.clip_grad_norm,
-                 "schedule.warmup_steps": s.warmup_steps}  # fmt: skip
+    not_below = {"train.z_loss": t.z_loss, "optim.weight_decay": o.weight_decay, "optim.clip_grad_norm": o.clip_grad_norm,
+                 "schedule.warmup_steps": s.warmup_steps, "schedule.warmup_tokens": s.warmup_tokens or 0}  # fmt: skip
     problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if not 0 <= value < math.inf]
+    if not 0 <= o.muon_momentum < 1:
+        problems.append(f"optim.muon_momentum: {o.muon_momentum} is not in [0, 1)")
+    if o.muon_lr is not None and o.name != "muon":
+        problems.append(f"optim.muon_lr: optim.name is {o.name}, not muon")
+    if recipe.model.init_std and recipe.model.init_from:
+        problems.append("model.init_std: the weights come from model.init_from and are not drawn")
+    if s.name == "wsd" and s.decay_shape == "exponential" and not s.min_lr_ratio:
+        problems.append("schedule.min_lr_ratio: an exponential decay never comes to 0: set where it ends")
+    if s.name == "one_cycle" and s.warmup_tokens is not None:
+        problems.append("schedule.warmup_tokens: one_cycle is counted in steps: use schedule.warmup_ratio")
     if not all(0 <= beta < 1 for beta in o.betas):
         problems.append(f"optim.betas: {list(o.betas)} are not both in [0, 1)")
+    for i, stage in enumerate(t.batch_ramp):
+        ends = [end for end in (stage.until_tokens, stage.until_steps) if end is not None]
+        if stage.global_batch_size < 1 or len(ends) != 1 or ends[0] < 1:
+            what = "needs a global_batch_size and either until_tokens or until_steps, all above 0"
+            problems.append(f"train.batch_ramp.{i}: {what}")
     if t.keep_every_steps and t.keep_every_steps % t.save_every_steps:
         what = f"{t.keep_every_steps} is no multiple of train.save_every_steps ({t.save_every_steps})"
         problems.append(f"train.keep_every_steps: {what}")
@@ -333,6 +411,7 @@ _ALL_KEYS = [
     "data.train.weight",
     "data.validation.prefix",
     "data.validation.weight",
+    *(f"train.batch_ramp.{f.name}" for f in dataclasses.fields(BatchStage)),
 ]
 
 
@@ -352,7 +431,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node.get(section), dict):
             node[section] = {}
         node = node[section]
-    for group in _EXCLUSIVE:
+    for group in (*_EXCLUSIVE, *_ALTERNATIVES):
         if key in group and value is not None:
             for other in group:
                 node.pop(other.split(".")[1], None)

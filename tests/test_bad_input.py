@@ -141,3 +141,8 @@ def test_all_ranks_leave_together_with_one_message(tiny_recipe, launch, tmp_path
     done = launch(2, tiny_recipe, f"run.dir={tmp_path}/run", "data.sequence_length=60000",
                   "model.config.max_position_embeddings=60000", expect=78)  # fmt: skip
     assert (done.stdout + done.stderr).count("sequence longer than the data") == 1
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="a GPU runs it")
+def test_a_kernel_that_cannot_run_here(fails):
+    fails("attention by flex cannot run here: it needs a CUDA device", "kernels.attention=flex")

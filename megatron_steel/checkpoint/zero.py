@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CLIENT_STATE = "megatron_steel"  # our key among DeepSpeed's own in a checkpoint: {"group_names": [[...], ...]}
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in every kernel
+MOMENTUM = ("momentum_buffer",)  # of Muon
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # the engine's own
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # All that DeepSpeed 0.19.8 puts into its files beside tensors and plain values.
@@ -286,14 +287,15 @@ def _stage0(state: dict[str, Any], file: Path) -> tuple[list[Stored], int]:
 
 
 def _moments(parts: list[dict[str, Any]], key: str, number: int) -> "tuple[dict[str, list[torch.Tensor]], int]":
-    """Of the optimizer's tensor `number`: its moments on every rank (none before the first step), and Adam's counter."""
+    """Of the optimizer's tensor `number`: its moments on every rank (none before the first step), and its counter."""
     states = [part[key]["state"].get(number, {}) for part in parts]
-    if any(quantity not in state for state in states for quantity in MOMENTS):
+    found = MOMENTUM if MOMENTUM[0] in states[0] else MOMENTS
+    if any(quantity not in state for state in states for quantity in found):
         return {}, 0
     # torch and DeepSpeed count in each tensor's state, apex in the group's settings.
     group = next(g for g in parts[0][key]["param_groups"] if number in g["params"])
     step = int(states[0]["step"] if "step" in states[0] else group["step"])
-    return {quantity: [state[quantity] for state in states] for quantity in MOMENTS}, step
+    return {quantity: [state[quantity] for state in states] for quantity in found}, step
 
 
 class _Joined(Mapping[str, "torch.Tensor"]):

@@ -69,8 +69,8 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
             rows += [("the run's length", f"{steps:,} steps: this is a checkpoint from its middle")]
         batch = train["global_batch_size"]
         rows += [
-            ("global batch", f"{batch:,} sequences of {length:,} tokens ({batch * length:,} tokens a step)"),
-            ("optimizer", f"{optim['name']}, betas {optim['betas'][0]} and {optim['betas'][1]}, eps {optim['eps']:g}, weight decay "
+            ("global batch", f"{batch:,} sequences of {length:,} tokens ({batch * length:,} tokens a step)" + _ramp_words(train)),
+            ("optimizer", f"{_optimizer(optim)}, weight decay "
              f"{optim['weight_decay']:g} on {optim['weight_decay_on']}, gradient norm " + (f"at most {optim['clip_grad_norm']:g}" if optim["clip_grad_norm"] else "not clipped")),
             ("learning rate", _schedule(optim["lr"], schedule)),
             ("precision", train["precision"]),
@@ -80,31 +80,60 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
     return rows + _speed(metrics)
 
 
+def _ramp_words(train: dict[str, Any]) -> str:
+    stages = train.get("batch_ramp") or []  # older runs have none
+    return f", reached from {stages[0]['global_batch_size']:,} sequences in {len(stages)} stages" if stages else ""
+
+
 def _run_length(manifest: dict[str, Any]) -> int | None:
     """Optimizer steps of the whole run, as `pretrain` counts them from this checkpoint on; None where nobody can tell."""
     from megatron_steel.data.order import blocks
     from megatron_steel.data.order_json import from_json
+    from megatron_steel.data.ramp import Stage, endless, plan_ramp, steps_of
 
     recipe, done = manifest["recipe"], manifest["step"]
     train, length = recipe["train"], recipe["data"]["sequence_length"]
-    batch = train["global_batch_size"]
+    stages = [Stage(s["global_batch_size"], s["until_tokens"], s["until_steps"]) for s in train.get("batch_ramp") or []]
     try:
         if train.get("steps"):
             return int(train["steps"])
-        if train.get("tokens"):
-            return int(done + max(0, math.ceil((train["tokens"] - manifest["tokens"]) / (batch * length))))
-        samples = int(train["epochs"] * sum(blocks(entry["tokens"], length) for entry in manifest["data"]))
+        ramp = endless(plan_ramp(stages, length), train["global_batch_size"])
         trained = from_json(manifest["order"], "manifest").trained_samples
-        return int(done + max(0, samples - trained) // batch)
-    except (KeyError, TypeError, SteelError):
+        if train.get("tokens"):
+            samples = math.ceil((train["tokens"] - manifest["tokens"]) / length)
+            whole, rest = steps_of(ramp, trained, max(0, samples))
+            return int(done + whole + (rest > 0))
+        samples = int(train["epochs"] * sum(blocks(entry["tokens"], length) for entry in manifest["data"]))
+        return int(done + steps_of(ramp, trained, max(0, samples - trained))[0])
+    except (KeyError, TypeError, ValueError, SteelError):
         return None
 
 
 def _schedule(lr: float, schedule: dict[str, Any]) -> str:
-    said = f"peak {lr:g}, {schedule['name']}, {schedule['warmup_steps']:,} warm-up steps"
+    said = f"peak {lr:g}, {schedule['name']}, {_warmup(schedule)}"
     if schedule["name"] == "wsd":
-        said += f", decay over the last {schedule['decay_ratio']:.0%} of the steps"
+        said += (
+            f", {schedule.get('decay_shape', 'linear')} decay over the last {schedule['decay_ratio']:.0%} of the steps"
+        )
     return said if schedule["name"] == "constant" else f"{said}, {schedule['min_lr_ratio']:.0%} of the peak at the end"
+
+
+def _optimizer(optim: dict[str, Any]) -> str:
+    if optim["name"] == "adafactor":
+        return "adafactor"
+    adamw = f"adamw, betas {optim['betas'][0]} and {optim['betas'][1]}, eps {optim['eps']:g}"
+    if optim["name"] != "muon":
+        return adamw
+    rate = optim["muon_lr"] or optim["lr"]
+    return f"muon (momentum {optim['muon_momentum']}, peak learning rate {rate:g}) for inner matrices, the rest {adamw}"
+
+
+def _warmup(schedule: dict[str, Any]) -> str:
+    if schedule.get("warmup_tokens"):
+        return f"{schedule['warmup_tokens']:,} warm-up tokens"
+    if schedule.get("warmup_ratio"):
+        return f"warm-up over {schedule['warmup_ratio']:.1%} of the steps"
+    return f"{schedule['warmup_steps']:,} warm-up steps"
 
 
 def _speed(metrics: Metrics) -> Rows:

@@ -31,6 +31,7 @@ import numpy as np
 
 from megatron_steel.data.blend import Interleave, apportion
 from megatron_steel.data.permutation import key_of, permute
+from megatron_steel.data.ramp import Ramp, endless, joined, samples_of
 
 Drawn: TypeAlias = dict[str, tuple[int, int]]
 """Digest -> (epoch, blocks drawn of that epoch)."""
@@ -59,12 +60,14 @@ class Segment:
     """N, for which the quotas are exact. A later segment may begin before; one that `repeats` goes on past it."""
     sequence_length: int
     batch: int
-    """Samples per step."""
+    """Samples per step, once the ramp is over."""
     tokens: dict[str, int]
     """Digest -> tokens, by digest: how the user lists data sets does not matter."""
     weights: dict[str, float] | None
     drawn: Drawn
     """Counters at the start, of every data set the run has seen."""
+    ramp: Ramp = ()
+    """(until, batch): a step that begins before so many trained samples of the run takes `batch` (ramp.py)."""
 
     @property
     def repeats(self) -> bool:
@@ -143,6 +146,18 @@ class OrderState:
         counts = segment.interleave.counts((self.next_sample - segment.first_sample) or segment.samples)
         return {digest: count / sum(counts) for digest, count in zip(segment.tokens, counts, strict=True)}
 
+    @property
+    def batch(self) -> int:
+        """Samples of the next step."""
+        return samples_of(self.ramp(), self.trained_samples, 1)
+
+    def ramp(self) -> Ramp:
+        """Samples per step of the whole run, as its segments have it."""
+        return joined(
+            (dataclasses.replace(self, next_sample=s.first_sample).trained_samples, endless(s.ramp, s.batch))
+            for s in self.segments
+        )
+
     def after(self, count: int) -> "OrderState":
         """The state when `count` more unskipped samples are done: what `next_batch` leaves, without their numbers."""
         at, missing = self.next_sample, count
@@ -153,24 +168,20 @@ class OrderState:
                 at, missing = stop, missing - (start - at)
         return dataclasses.replace(self, next_sample=at + missing)
 
+    def after_steps(self, steps: int) -> "OrderState":
+        """The state when `steps` more steps are done."""
+        return self.after(samples_of(self.ramp(), self.trained_samples, steps))
+
     def before_step(self, step: int) -> tuple["OrderState", int]:
         """The state as optimizer step `step` (from 1) begins, and how many samples that step takes.
 
-        A step takes the batch of the segment that it begins in. A batch changes only where a run went on, which is
-        between two steps; samples that were passed over belong to no step. Raises IndexError for a step before 1.
+        Batches change where a ramp says so and where a run went on, both between two steps; samples that were passed over
+        belong to no step. Raises IndexError for a step before 1.
         """
         if step < 1:
             raise IndexError(f"there is no step {step}: the first is 1")
-        state, left, batch = dataclasses.replace(self, next_sample=0), step - 1, self.segments[0].batch
-        for segment in self.segments:
-            if segment.batch != batch:
-                spent = sum(b - a for a, b in self.skipped if state.next_sample <= a < segment.first_sample)
-                steps = (segment.first_sample - state.next_sample - spent) // batch
-                if left < steps:
-                    break
-                state, left = dataclasses.replace(state, next_sample=segment.first_sample), left - steps
-                batch = segment.batch
-        return state.after(left * batch), batch
+        state = dataclasses.replace(self, next_sample=0).after_steps(step - 1)
+        return state, state.batch
 
     def _segment(self, sample: int) -> Segment:
         return self.segments[bisect.bisect_right(self.segments, sample, key=lambda s: s.first_sample) - 1]

@@ -51,6 +51,7 @@ def _segment(tree: Any) -> Segment:
         tokens={digest: _whole(tokens) for digest, tokens in tree["tokens"].items()},
         weights=None if weights is None else {digest: _weight(w) for digest, w in weights.items()},
         drawn={digest: (_whole(epoch), _whole(used)) for digest, (epoch, used) in tree["drawn"].items()},
+        ramp=tuple((_whole(until, 1), _whole(batch, 1)) for until, batch in tree.get("ramp", [])),  # younger than runs
     )
 
 
@@ -67,6 +68,7 @@ def _agree(state: OrderState) -> None:
         expected = carried(before, segment.first_sample, segment.sequence_length, segment.tokens)
         _require(segment.drawn == expected, f"{name}: counters do not follow from what was drawn before")
         _require(segment.samples == sum(segment.quotas()), f"{name}: samples")
+        _require(all(a < b for (a, _), (b, _) in itertools.pairwise(segment.ramp)), f"{name}: ramp")
     _require(state.next_sample <= state.segments[-1].end, "the next sample is beyond the planned end")
     bounds = list(itertools.chain.from_iterable(state.skipped))
     _require(all(a < b for a, b in itertools.pairwise(bounds)), "skipped ranges overlap or are not sorted")

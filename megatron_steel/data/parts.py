@@ -33,6 +33,8 @@ class Outcome:
     rows: int = 0
     empty: int = 0
     malformed: int = 0
+    short: int = 0
+    """Documents with text, left out for having fewer characters or tokens than the job keeps."""
     special: int = 0
     """Documents that hold a special string of the tokenizer, written out."""
     numbered: int = 0
@@ -51,6 +53,9 @@ class Job:
     folder: str
     text_key: str
     validation_ratio: float
+    min_tokens: int = 0
+    """Of a document that is kept, without the end of document."""
+    min_chars: int = 0
 
 
 def make(item: tuple[int, list[readers.Unit], Job], encoder: Encoder) -> list[Outcome]:
@@ -63,7 +68,8 @@ def make(item: tuple[int, list[readers.Unit], Job], encoder: Encoder) -> list[Ou
             ids, lengths = encoder(texts)
             outcome.special += encoder.special(ids, lengths)
             outcome.empty += int(np.count_nonzero(lengths == 0))  # there is text, but nothing that the tokenizer keeps
-            for kind, chosen in _sides(texts, lengths, job.validation_ratio):
+            outcome.short += int(np.count_nonzero((lengths > 0) & (lengths < job.min_tokens)))
+            for kind, chosen in _sides(texts, lengths, job):
                 if kind not in writers:
                     writers[kind] = stack.enter_context(IndexedWriter(prefix(job, number, kind), dtype))
                 writers[kind].add_documents(*_ended(ids, lengths, chosen, encoder.eos_id, dtype))
@@ -75,15 +81,13 @@ def make(item: tuple[int, list[readers.Unit], Job], encoder: Encoder) -> list[Ou
     return outcomes
 
 
-def _sides(
-    texts: list[str], lengths: npt.NDArray[np.int64], validation_ratio: float
-) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
-    """Which of the texts that have ids are for training and which for validation; a side without any is left out."""
-    filled = lengths > 0
+def _sides(texts: list[str], lengths: npt.NDArray[np.int64], job: Job) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """Which of the texts that have ids enough are for training and which for validation; a side without any is left out."""
+    kept = lengths >= max(1, job.min_tokens)
     held = np.zeros(len(texts), bool)
-    if validation_ratio:
-        held = np.array([_held_out(text, validation_ratio) for text in texts], bool)
-    for kind, chosen in (("training", filled & ~held), ("validation", filled & held)):
+    if job.validation_ratio:
+        held = np.array([_held_out(text, job.validation_ratio) for text in texts], bool)
+    for kind, chosen in (("training", kept & ~held), ("validation", kept & held)):
         if chosen.any():
             yield kind, chosen
 
@@ -142,6 +146,9 @@ def _batches(bundle: list[readers.Unit], job: Job, outcomes: list[Outcome]) -> I
         for row in readers.rows(unit, job.text_key):
             _count(row, outcome)
             if not row.text:
+                continue
+            if len(row.text) < job.min_chars:
+                outcome.short += 1
                 continue
             texts.append(row.text)
             characters += len(row.text)

@@ -1,7 +1,7 @@
 """When something changes: how a run's segments follow each other. Past samples never move.
 
-`plan` compares what a run has with what it now wants. Other data, weights, sequence length, batch, or more samples
-than planned open a new segment at C, the next sample, with the counters as they stand there; everything before C
+`plan` compares what a run has with what it now wants. Other data, weights, sequence length, batch or batch ramp, or more
+samples than planned open a new segment at C, the next sample, with the counters as they stand there; everything before C
 keeps its place, and what old data sets have not used comes next in their own order, mixed with the new.
 
 **A change of L** starts a new epoch of every data set whose epoch had begun, because blocks are cut anew. In an
@@ -22,6 +22,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from megatron_steel.data.order import Drawn, OrderState, Segment, blocks
+from megatron_steel.data.ramp import Ramp, ahead
 from megatron_steel.errors import SteelError
 
 
@@ -46,6 +47,7 @@ def plan(
     batch: int,
     wanted_samples: int,
     seed: int,
+    ramp: Ramp = (),
 ) -> OrderState:
     """The order of a run that trains `wanted_samples` in total: a new one, or `state` as it is, or extended.
 
@@ -56,9 +58,10 @@ def plan(
         state: what the newest checkpoint holds; None for a new run.
         members: the data sets now, all with a weight or all without.
         sequence_length: L, in tokens; a sample has L + 1.
-        batch: samples per step, over all ranks.
+        batch: samples per step, over all ranks, once the ramp is over.
         wanted_samples: unskipped samples of the whole run.
         seed: of the run.
+        ramp: (until, batch): steps that begin before so many trained samples of the run take `batch`.
 
     Raises:
         SteelError: nothing wanted, no data set, the same data twice, data shorter than two sequences, impossible
@@ -81,11 +84,21 @@ def plan(
         if wanted_samples <= state.trained_samples:
             return state
         last = state.segments[-1]
-        blend = (tokens, _shares(weights), sequence_length, batch)
-        same = blend == (last.tokens, _shares(last.weights), last.sequence_length, last.batch)
+        done = state.trained_samples
+        blend = (tokens, _shares(weights), sequence_length, batch, ahead(ramp, done))
+        same = blend == (last.tokens, _shares(last.weights), last.sequence_length, last.batch, ahead(last.ramp, done))
         if same and _end_of(wanted_samples, state.skipped) <= last.end:
             return state
-    return _open_segments(state, tokens, weights, sequence_length, batch, wanted_samples)
+    state = _open_segments(state, tokens, weights, sequence_length, batch, wanted_samples)
+    return _ramped(state, ramp)
+
+
+def _ramped(state: OrderState, ramp: Ramp) -> OrderState:
+    """The segments from the next sample on get what is left of the ramp."""
+    left = ahead(ramp, state.trained_samples)
+    return dataclasses.replace(state, segments=tuple(
+        s if s.first_sample < state.next_sample else dataclasses.replace(s, ramp=left) for s in state.segments
+    ))  # fmt: skip
 
 
 def skip(state: OrderState, start: int, stop: int) -> OrderState:
@@ -111,7 +124,8 @@ def skip(state: OrderState, start: int, stop: int) -> OrderState:
     segments = state.segments
     if spent and not last.repeats:
         first = last.first_sample + last.samples
-        segments += (_segment(segments, first, last.tokens, last.weights, last.sequence_length, last.batch, spent),)
+        more = _segment(segments, first, last.tokens, last.weights, last.sequence_length, last.batch, spent)
+        segments += (dataclasses.replace(more, ramp=last.ramp),)
     return dataclasses.replace(state, segments=segments, skipped=tuple(skipped))
 
 

@@ -57,6 +57,8 @@ def tokenize(
     max_malformed_ratio: float = 0.001,
     shuffle: bool = False,
     seed: int = 0,
+    min_tokens: int = 0,
+    min_chars: int = 0,
 ) -> manifest.Manifest:
     """Tokenize files into `output_prefix` and return its manifest. A data set of that name is replaced at the end.
 
@@ -71,6 +73,7 @@ def tokenize(
             malformed rows or more and no other.
         shuffle: permute the documents; document j of the output is document `permute(j, N, key)` of the input order,
             where the key is `shuffle_key(seed, "training")` (or "validation") and N counts the documents of that side.
+        min_tokens, min_chars: a document with fewer tokens (its end not counted) or characters is left out, and counted.
 
     Raises:
         SteelError: bad argument, input or tokenizer; too many malformed rows; no text; another process makes the
@@ -79,11 +82,15 @@ def tokenize(
     if workers is not None and workers < 1:
         raise SteelError(f"{workers} workers are none", output_prefix, "give at least 1, or leave it to the CPUs")
     _check_arguments(inputs, output_prefix, validation_ratio, max_malformed_ratio)
+    if min(min_tokens, min_chars) < 0:
+        raise SteelError(
+            "a document cannot have fewer than 0 tokens or characters", output_prefix, "256 and 200 are OpenELM's"
+        )
     tokenizer = load_tokenizer(tokenizer_path)
     bundles = _bundles(inputs)
     units = [unit for bundle in bundles for unit in bundle]
     encoder = encoders.choose(tokenizer, os.path.abspath(tokenizer_path), _first_documents(units, text_key))
-    job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio)
+    job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio, min_tokens, min_chars)
     try:
         with contextlib.ExitStack() as stack:
             for target in _targets(output_prefix, validation_ratio).values():
@@ -165,6 +172,7 @@ def _open_folder(job: parts.Job, units: Sequence[readers.Unit], encoding: list[s
     times = [os.stat(path).st_mtime_ns for path in dict.fromkeys(unit.path for unit in units)]
     paths = [asdict(unit) | {"path": os.path.abspath(unit.path)} for unit in units]
     whole = [_LAYOUT, _LEAST_UNIT_BYTES, paths, times, *encoding, job.text_key, job.validation_ratio]
+    whole += [job.min_tokens, job.min_chars] if job.min_tokens or job.min_chars else []
     fingerprint = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     mark = Path(job.folder, "job")
     if not mark.is_file() or mark.read_text() != fingerprint:
@@ -210,7 +218,7 @@ class _Report:
 
     def __init__(self, text_key: str, limit: float):
         self._text_key, self._limit = text_key, limit
-        self._rows = self._empty = self._malformed = self._special = 0
+        self._rows = self._empty = self._short = self._malformed = self._special = 0
         self._named: list[str] = []
         self._numbered: dict[str, int] = {}
 
@@ -219,6 +227,7 @@ class _Report:
         self._numbered[unit.path] = before + outcome.numbered
         self._rows, self._empty = self._rows + outcome.rows, self._empty + outcome.empty
         self._malformed, self._special = self._malformed + outcome.malformed, self._special + outcome.special
+        self._short += outcome.short
         for number, problem in outcome.problems[: _NAMED_PROBLEMS - len(self._named)]:
             self._named.append(f"{unit.path}:{before + number}")
             log.warning("malformed row skipped: %s: %s", self._named[-1], problem)
@@ -230,8 +239,8 @@ class _Report:
             raise self._too_many(
                 f"{self._malformed} of {self._rows} rows are malformed, more than {self._limit:.2%}; the first are named"
             )
-        log.info("%d rows: %d empty and %d malformed ones skipped; %d hold a special string of the tokenizer, written out",
-                 self._rows, self._empty, self._malformed, self._special)  # fmt: skip
+        log.info("%d rows: %d empty, %d malformed and %d short ones skipped; %d hold a special string of the tokenizer, written out",
+                 self._rows, self._empty, self._malformed, self._short, self._special)  # fmt: skip
 
     def _too_many(self, what: str) -> SteelError:
         key = f"name the key that holds the text (--text-key; now {self._text_key!r})"
@@ -265,7 +274,7 @@ def _publish(
             facts = concatenate(joined, aside)
         else:
             facts = shuffled(joined, aside, shuffle_key(seed, kind), Path(job.folder, "shuffle"))
-        results[kind] = manifest.write(aside, facts, tokenizer.facts(), _provenance(units, outcomes, kind, seed))
+        results[kind] = manifest.write(aside, facts, tokenizer.facts(), _provenance(units, outcomes, kind, seed, job))
     _put_in_place([(ready[kind], target) for kind, target in targets.items()])
     for kind, target in targets.items():
         log.info("%s: %d documents, %d tokens of %s",
@@ -294,18 +303,17 @@ def shuffle_key(seed: int, kind: str) -> int:
 
 
 def _provenance(
-    units: Sequence[readers.Unit], outcomes: Sequence[parts.Outcome], kind: str, seed: int | None
+    units: Sequence[readers.Unit], outcomes: Sequence[parts.Outcome], kind: str, seed: int | None, job: parts.Job
 ) -> list[dict[str, Any]]:
-    """One entry a file: its name, sizes, what became of its rows, and how documents were permuted, if they were."""
+    """One entry a file: its name, sizes, what became of its rows, and how documents were permuted or dropped, if they were."""
     files: dict[str, dict[str, Any]] = {}
     documents = parts.documents(list(outcomes), kind)
     shuffle = {} if seed is None else {"shuffled": {"key": shuffle_key(seed, kind), "documents": documents}}
-    counted, names = (
-        ("rows", "empty", "malformed", "special"),
-        readers.names(list(dict.fromkeys(unit.path for unit in units))),
-    )
+    dropping = {"min_tokens": job.min_tokens, "min_chars": job.min_chars} if job.min_tokens or job.min_chars else {}
+    counted = ("rows", "empty", "malformed", "special", *(("short",) if dropping else ()))
+    names = readers.names(list(dict.fromkeys(unit.path for unit in units)))
     for unit, outcome in zip(units, outcomes, strict=True):
-        new: dict[str, Any] = {"name": names[unit.path], "bytes": os.path.getsize(unit.path)} | shuffle
+        new: dict[str, Any] = {"name": names[unit.path], "bytes": os.path.getsize(unit.path)} | shuffle | dropping
         entry = files.setdefault(unit.path, new | dict.fromkeys(("documents", *counted), 0))
         entry["documents"] += getattr(outcome, kind)
         for key in counted:

@@ -2,7 +2,7 @@
 
     config = build_config(recipe.model, tokenizer_vocab_size)     Steel, any transformers class, any folder
     model  = build_model(config, seed, init_from)                 whole, fp32, on the CPU, equal on every rank
-    model  = prepare_for_training(model, activation_checkpointing)
+    model  = prepare_for_training(model, activation_checkpointing, kernels, z_loss)
     loss   = model(input_ids=..., labels=..., document_ids=...)   the SUM over tokens
 
 Building the whole model first and sharding it afterwards is deliberate: `deepspeed.zero.Init` around a transformers
@@ -23,8 +23,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_steel.errors import SteelError
+from megatron_steel.model import regions
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.folder import is_own_code, refuse_outside
+from megatron_steel.model.groups import decay_groups, draw_again
 from megatron_steel.model.modeling_steel import MIXTURES, SteelForCausalLM
 from megatron_steel.model.training import prepare_for_training
 
@@ -63,7 +65,11 @@ def build_config(model: "Model", tokenizer_vocab_size: int | None = None) -> Pre
 
 
 def build_model(
-    config: PretrainedConfig, seed: int, init_from: str | None = None, trust_code: bool = False
+    config: PretrainedConfig,
+    seed: int,
+    init_from: str | None = None,
+    trust_code: bool = False,
+    init_std: dict[str, float] | None = None,
 ) -> PreTrainedModel:
     """The whole model in fp32 on the CPU (4 bytes a parameter), the same on every rank for one seed.
 
@@ -71,16 +77,19 @@ def build_model(
         seed: of the initial weights; the caller's random state is left as it was.
         init_from: a Hugging Face folder whose weights replace the initial ones, all of them.
         trust_code: allow modelling code that lies in `init_from`.
+        init_std: {pattern of names: std} of weights that are drawn otherwise than the class does.
 
     Raises:
-        SteelError: `init_from` cannot be read or does not hold exactly this model's tensors.
+        SteelError: a pattern matches nothing; `init_from` cannot be read or does not hold exactly this model's tensors.
     """
     if init_from is not None:
         return _load_weights(config, init_from, trust_code)
     # The CPU's generator alone: torch.manual_seed would reset the GPUs' too.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        return construct(config, torch.float32)
+        model = construct(config, torch.float32)
+        draw_again(model, init_std or {})
+        return model
 
 
 def construct(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -92,26 +101,10 @@ def construct(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=foreign)
 
 
-def decay_groups(model: nn.Module, weight_decay: float, on: str = "matrices") -> list[dict[str, Any]]:
-    """Optimizer groups [{params, weight_decay}]; tied parameters once, frozen ones never, no empty group.
-
-    Args:
-        on: `matrices`: tensors of two and more dimensions decay, norms, biases and scalars do not; `all`: one group.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if on == "all":
-        return [{"params": trained, "weight_decay": weight_decay}]
-    # A parameter that ZeRO-3 has cut is flat; `ds_shape` remembers what it was.
-    matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for p in trained]
-    decayed = [p for p, is_matrix in zip(trained, matrix, strict=True) if is_matrix]
-    others = [p for p, is_matrix in zip(trained, matrix, strict=True) if not is_matrix]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 def fetched_whole(model: nn.Module) -> list[nn.Module]:
     """Modules that read the weights of their children themselves, so that ZeRO-3 must fetch all of them at once."""
-    return [module for module in model.modules() if isinstance(module, MIXTURES)]
+    mixtures = [module for module in model.modules() if isinstance(module, MIXTURES)]
+    return mixtures + regions.compiled_layers(model)
 
 
 def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:

@@ -10,10 +10,10 @@ workspaces and the buffers of ZeRO are not in it. Knows configurations only.
 from transformers import PretrainedConfig
 
 from megatron_steel.model.configuration_steel import SteelConfig
-from megatron_steel.model.head import CHUNK_TOKENS
+from megatron_steel.model.head import BLOCK_NUMBERS, CHUNK_TOKENS
 from megatron_steel.model.mixture_steel import BLOCK, CHUNK
 
-_BYTES = {"fp32": 4, "bf16": 2}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _QK_NORM = ("qwen3", "olmo2", "olmo3", "gemma3_text")
 
 
@@ -24,7 +24,7 @@ def activation_bytes_per_sample(
 
     Args:
         sequence_length: tokens of the sample.
-        precision: `fp32` or `bf16`.
+        precision: `fp32`, `bf16` or `fp16`.
         checkpointing: activation checkpointing: each layer's input, and one layer in full while it is computed again.
     """
     text = config.get_text_config()
@@ -41,10 +41,9 @@ def activation_bytes_per_sample(
 
 
 def head_bytes(config: PretrainedConfig, tokens: int, precision: str = "bf16") -> int:
-    """Bytes of the chunk of logits that is alive at one time: in the compute dtype and in fp32."""
-    rows = min(tokens, CHUNK_TOKENS)
-    extra = 0 if precision == "fp32" else _BYTES[precision]
-    return rows * config.get_text_config().vocab_size * (4 + extra)
+    """Bytes of the chunk of logits that is alive at one time, and of the block of it that is alive in fp32."""
+    numbers = min(tokens, CHUNK_TOKENS) * config.get_text_config().vocab_size
+    return numbers * _BYTES[precision] + (0 if precision == "fp32" else 4 * min(numbers, BLOCK_NUMBERS))
 
 
 def largest_micro_batch(

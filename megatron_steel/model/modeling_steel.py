@@ -73,6 +73,13 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key at their positions, under the name that fused kernels know it by."""
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
 def eager_attention_forward(
     module: nn.Module, query, key, value, attention_mask=None, scaling=1.0, dropout=0.0, **kwargs
 ):
@@ -129,7 +136,7 @@ class SteelAttention(nn.Module):
         query, key, value = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+        query, key = apply_rotary_pos_emb(query, key, *rotary)
         if past_key_values is not None:
             seen = int(past_key_values.get_seq_length(self.layer_idx))
             where = {"cache_position": torch.arange(seen, seen + T, device=x.device)}
@@ -232,8 +239,8 @@ class SteelModel(SteelPreTrainedModel):
 
         Args:
             input_ids: [B, T] (or `inputs_embeds` [B, T, h] instead).
-            attention_mask: [B, S] with 0 for padding, or a complete [B, 1, T, S] mask: boolean (True: may attend) or
-                additive. A complete mask is used as it is, so it must be causal itself.
+            attention_mask: [B, S] with 0 for padding, or a complete mask: boolean [B, 1, T, S] (True: may attend),
+                additive, or flex attention's BlockMask. A complete mask is used as it is, so it must be causal itself.
             position_ids: [B, T]; counted from the cache's length when left out.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -301,7 +308,7 @@ class SteelModel(SteelPreTrainedModel):
         """What causal slots must know of each token: padding, its document, its place there."""
         if self.config.FFN_type != "softmoe_causal":
             return None
-        padding = mask[:, past : past + x.shape[1]] if mask is not None and mask.dim() == 2 else None
+        padding = mask[:, past : past + x.shape[1]] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         state = _slot_states(cache, 0)
         return locate(x, padding, position_ids, None if state is None else state.read_B)
 
@@ -309,6 +316,8 @@ class SteelModel(SteelPreTrainedModel):
         """What the chosen attention wants: None where the plain causal rule holds and it knows it by itself (sdpa then takes
         its fast path), the padding [B, S] for flash kernels, a BlockMask for flex, else a mask [B, 1, T, S]."""
         name = self.config._attn_implementation or "eager"
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            return mask  # a BlockMask
         if mask is not None and mask.dim() == 4:
             if "flash" in name:
                 raise ValueError(f"{name} knows padding and the causal rule only: use sdpa for a complete mask")

@@ -54,19 +54,19 @@ def rank_states(
         sizes: elements of each parameter, a tied one once.
         zero: the section `zero_optimization` of a DeepSpeed file.
         ranks: data-parallel ranks.
-        precision: `bf16` or `fp32`.
+        precision: `bf16`, `fp16` or `fp32`.
         largest: elements that ZeRO-3 must gather at one time whatever its limits (the largest module's own).
 
     Raises ValueError for offload at stages 1 and 2.
     """
     stage, p = int(zero.get("stage", 0)), sum(sizes)
-    share, low = -(-p // ranks), 2 if precision == "bf16" else 4
+    share, low = -(-p // ranks), 4 if precision == "fp32" else 2
     offload = zero.get("offload_optimizer", {}).get("device", "none") not in ("none", None)
     if stage == 0:
         return _replicated(p, low)
     if offload and stage < 3:
         raise ValueError(f"what stage {stage} holds with offload_optimizer was never compared with the engine")
-    adam = (12 if precision == "bf16" else 8) * share
+    adam = (8 if precision == "fp32" else 12) * share
     bucket = _bucket_bytes(stage, zero, low)
     if stage == 1:
         # fp32 sums of all parameters, beside which the gradients of one micro-batch live or, at the end, the buckets.

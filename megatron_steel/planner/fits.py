@@ -81,7 +81,7 @@ def _per_sample(model: Model, checkpointing: bool) -> int:
 
 def _head_gradients(model: Model, tokens: int) -> int:
     """Gradients of the hidden states and of the head's weight, finished in the forward pass (`model.head`)."""
-    size = 2 if model.precision == "bf16" else 4
+    size = 4 if model.precision == "fp32" else 2
     hidden = model.config.get_text_config().hidden_size
     return size * hidden * (model.work.vocab_size + tokens)
 

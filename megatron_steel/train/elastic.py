@@ -67,11 +67,23 @@ def layout_of(engine: "DeepSpeedEngine") -> dict[str, Any]:
     return dist.gather(mine)[0]
 
 
+def is_same(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Can DeepSpeed load its own files: the layouts agree, at stage 0, where rank 0 writes all, but for the ranks."""
+    if before is None or before["stage"] != now["stage"] or now["stage"] > 0:
+        return before == now
+    return {**before, "ranks": now["ranks"]} == now
+
+
 def load(engine: "DeepSpeedEngine", checkpoint: Path) -> None:
     """Fill weights, moments and counters from a checkpoint of any layout; a collective call.
 
     Raises SteelError on every rank when the checkpoint's parameters are not the model's; the engine is then unusable.
     """
+    import torch
+
+    if isinstance(_base(engine), torch.optim.Adafactor):
+        what = "Adafactor's factored state goes on only in the precision that it was saved in"
+        raise SteelError(what, checkpoint, "resume with the train.precision of the checkpoint")
     if getattr(engine.optimizer, "swap_optimizer", False):
         what = "an optimizer that is offloaded to NVMe loads only what the same ranks and sharding have saved"
         raise SteelError(what, checkpoint, "resume as the checkpoint was written, or offload to the CPU")
@@ -122,9 +134,8 @@ def _write_module(target: "torch.nn.Parameter", read: Callable[..., "torch.Tenso
 
 
 def _write_place(engine: "DeepSpeedEngine", place: Place, parameter: zero.Stored, step: int) -> None:
-    targets = {zero.WEIGHT: place.flat}
-    if step:
-        targets |= {moment: _base(engine).state[place.flat][moment] for moment in zero.MOMENTS}
+    targets, state = {zero.WEIGHT: place.flat}, _base(engine).state[place.flat] if step else {}
+    targets |= {moment: state[moment] for moment in (*zero.MOMENTS, *zero.MOMENTUM) if moment in state}
     for quantity, flat in targets.items():
         values = parameter.read(quantity, place.start, place.count)
         flat.view(-1)[place.at : place.at + place.count].copy_(values)
@@ -140,12 +151,13 @@ def _make_states(engine: "DeepSpeedEngine", step: int) -> None:
 
     base = _base(engine)
     in_group = type(base).__module__.startswith("apex")  # counts per group; DeepSpeed's kernels and torch's per tensor
+    of_muon = {flat for group in base.param_groups if group.get("muon") for flat in group["params"]}
     for flat in _flats(engine):
         state = base.state[flat]
         if not step:
             base.state.pop(flat)
             continue
-        for moment in zero.MOMENTS:
+        for moment in zero.MOMENTUM if flat in of_muon else zero.MOMENTS:
             if moment in state:
                 state[moment].zero_()
             else:

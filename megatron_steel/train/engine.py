@@ -3,6 +3,7 @@
 1. `read_config` finds the file and refuses keys that the recipe owns and values of "auto".
 2. `engine_config` adds what the recipe owns: batch sizes, precision, clipping.
 3. `start_engine` builds the optimizer and hands the model to DeepSpeed.
+4. `apply_step` steps it.
 
 The file owns sharding, offload and communication; the recipe owns everything else; no key has two owners.
 """
@@ -10,6 +11,7 @@ The file owns sharding, offload and communication; the recipe owns everything el
 import difflib
 import json
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -20,7 +22,8 @@ from megatron_steel.errors import SteelError
 from megatron_steel.model.build import fetched_whole
 from megatron_steel.model.states import rank_states
 from megatron_steel.recipe import Optim, Recipe, accumulation_steps
-from megatron_steel.train import optimizer
+from megatron_steel.train import elastic, optimizer
+from megatron_steel.train.muon import Muon
 
 if TYPE_CHECKING:
     import torch
@@ -91,21 +94,27 @@ def read_config(name_or_path: str) -> dict[str, Any]:
 def engine_config(recipe: Recipe, file: dict[str, Any], world_size: int) -> dict[str, Any]:
     """The whole dict for `deepspeed.initialize`: the file plus what the recipe owns.
 
-    Raises SteelError when the global batch cannot be cut into micro-batches on this many ranks.
+    Raises SteelError when the global batch cannot be cut into micro-batches on this many ranks, or when this sharding
+    cannot carry the precision or the optimizer.
     """
     stage = zero_stage(file)
+    if recipe.train.precision == "fp16" and stage == 0:
+        what = "at stage 0 DeepSpeed adds up gradients in fp16"
+        raise SteelError(what, "train.precision=fp16", "use deepspeed.config=zero1.json or above, or bf16")
+    optimizer.refuse_sharding(recipe.optim, stage, offloads_optimizer(file))
     config = {
         **file,
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(recipe.train, world_size),
         # Written out also when it is 0, because DeepSpeed clips at 1 by default. At stage 0 in fp32 the loop clips.
-        "gradient_clipping": recipe.optim.clip_grad_norm if stage > 0 or recipe.train.precision == "bf16" else 0.0,
+        "gradient_clipping": recipe.optim.clip_grad_norm if stage > 0 or recipe.train.precision != "fp32" else 0.0,
         "steps_per_print": 1 << 60,  # the loop prints
-        "zero_allow_untested_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},  # on by default, it waits for the device twice a micro-batch
+        "zero_allow_untested_optimizer": recipe.optim.name != "adamw",  # tested here, where it is not refused above
         "zero_force_ds_cpu_optimizer": False,  # offload runs on torch's AdamW where no compiler is
     }
-    if recipe.train.precision == "bf16":
-        config["bf16"] = {"enabled": True}
+    if recipe.train.precision != "fp32":
+        config[recipe.train.precision] = {"enabled": True}  # fp16: with DeepSpeed's dynamic loss scale, from 2^16
         if stage > 0:  # stage 0 has no fp32 gradient buffer and refuses the key
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
@@ -123,8 +132,8 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
 def smallest_stage_that_fits(parameters: int, activation_bytes: int, device_bytes: int, world_size: int) -> str:
     """`deepspeed.config: auto`: the first of zero1, zero2, zero3, zero3_offload whose states and activations fit.
 
-    Stage 0 is left out because it accumulates gradients in bf16. States per rank as `model.states` counts them; a tenth
-    of the device stays free.
+    States per rank as `model.states` counts them; a tenth of the device stays free. Stage 0 is left out because it adds
+    gradients up in bf16 and refuses an fp32 sum; on one rank stage 1 takes the same memory.
     """
     for name in ("zero1.json", "zero2.json", "zero3.json"):
         zero = json.loads((config_folder() / name).read_text(encoding="utf-8"))["zero_optimization"]
@@ -145,17 +154,66 @@ def start_engine(
     """
     deepspeed = quiet_deepspeed(device)
     offload = offloads_optimizer(config)
-    kernel = dist.together(lambda: optimizer.choose(optim.kernel, device.type, offload))
+    sub_groups = zero_stage(config) == 3
+    kernel = dist.together(lambda: optimizer.choose(optim.kernel, device.type, offload, sub_groups, optim.name))
     assert kernel is not None
-    dist.log.info("optimizer: AdamW by %s%s", kernel, " (optim.kernel: auto)" if optim.kernel == "auto" else "")
-    adam = optimizer.build(kernel, groups, optim, device.type, offload)
+    dist.log.info(
+        "optimizer: %s by %s%s", optim.name, kernel, " (optim.kernel: auto)" if optim.kernel == "auto" else ""
+    )
+    inner = optimizer.build(kernel, groups, optim, device.type, offload)
     fetch_mixtures_whole(model)
-    engine = deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=inner, config=config)[0]
     if hasattr(engine.optimizer, "fp32_groups") and zero_stage(config) == 0:
         # At stage 0 in bf16 DeepSpeed steps once over zeros at start and leaves Adam's counters at 1, which would
         # spoil the bias correction of every later step.
         engine.optimizer.optimizer.state.clear()
+    if isinstance(inner, Muon):
+        inner.lay_out(elastic.places(engine), {engine.param_names[p]: p.shape for p in engine.module.parameters()})
     return engine
+
+
+def set_accumulation(engine: "DeepSpeedEngine", micro_batches: int) -> None:
+    """From the next micro-batch on a step has so many a rank.
+
+    It sets what DeepSpeed divides by. Where a step ends must be said for every micro-batch
+    (`set_gradient_accumulation_boundary`): DeepSpeed's own count runs over the whole run, modulo the number of now.
+    """
+    if micro_batches != engine.gradient_accumulation_steps():
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * dist.world_size())
+
+
+def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None:
+    """`engine.step()`. Returns the gradient norm only where DeepSpeed does not keep it: fp32 at stage 0.
+
+    There DeepSpeed neither measures the norm nor leaves out a step with non-finite gradients, so both, and the
+    clipping, are done here (`engine_config` switches DeepSpeed's off).
+    """
+    import torch
+
+    norm = None
+    if is_plain(engine) and engine.is_gradient_accumulation_boundary():
+        trained = [p for p in engine.module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        norm = float(total)
+        if not math.isfinite(norm):
+            for p in trained:
+                p.grad = None
+        elif clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, clip_grad_norm, total)
+    engine.step()
+    return norm
+
+
+def is_plain(engine: "DeepSpeedEngine") -> bool:
+    """True where DeepSpeed steps the optimizer itself, without a wrapper of its own."""
+    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
+
+
+def refuse_precision(precision: str, device: "torch.device") -> None:
+    """Raise SteelError where DeepSpeed has no arithmetic for it."""
+    if precision == "fp16" and device.type == "cpu":
+        what = "fp16 with a loss scale needs a GPU: DeepSpeed does not train in it on this CPU"
+        raise SteelError(what, "train.precision=fp16", "use train.precision=bf16 or fp32")
 
 
 def fetch_mixtures_whole(model: "torch.nn.Module") -> None:

@@ -5,6 +5,7 @@
   before clipping: the mean over all tokens of the step.
 
 1. `watching` lays forward hooks over the layers for one forward pass; what activation checkpointing computes again is not counted.
+   Layers that are compiled let nobody in: their plain form passes once more beside them.
 2. `read_gradients` adds up the squares of this rank's part of the gradients; no gradient is gathered.
 3. `take` adds all up over the ranks in one call.
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import dist
-from megatron_steel.model import parts
+from megatron_steel.model import parts, regions
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,10 @@ class Health:
         """Add the outputs of the forward pass inside, where `wanted`."""
         handles: list[Any] = []
         for i, (layer, found) in enumerate(self._layers if wanted else []):
+            if regions.is_compiled(layer):  # a hook inside a graph would stay in it, or never be called
+                beside = self._adds_beside(i, found[-1])
+                handles.append(layer.register_forward_pre_hook(beside, with_kwargs=True))
+                continue
             handles.append(layer.register_forward_hook(self._adds(_STREAM, i)))
             handles.append(found[-1].register_forward_hook(self._adds(_FFN, i)))
         try:
@@ -76,6 +81,21 @@ class Health:
         torch.distributed.all_reduce(sums)
         rms = (sums[0] / sums[1]).sqrt().cpu()
         return {"ffn_share": (rms[_FFN] / rms[_STREAM]).tolist(), "expert_gradient": rms[_GRADIENT].tolist()}
+
+    def _adds_beside(self, i: int, ffn: "nn.Module") -> Any:
+        """The plain layer once more without gradients, before the compiled one, for the same two figures."""
+        import torch
+
+        def add(layer: "nn.Module", args: Any, named: dict[str, Any]) -> None:
+            handle = ffn.register_forward_hook(self._adds(_FFN, i))
+            devices = [self._sums.device] if self._sums.is_cuda else []
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices):  # dropout's dice are the compiled layer's
+                    self._adds(_STREAM, i)(layer, args, regions.plain_forward(layer)(*args, **named))
+            finally:
+                handle.remove()
+
+        return add
 
     def _adds(self, row: int, i: int) -> Any:
         def add(module: "nn.Module", args: Any, output: Any) -> None:

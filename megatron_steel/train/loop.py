@@ -4,6 +4,8 @@
    spikes, it goes back.
 2. `train_step` sums token losses over micro-batches and ranks and divides by the tokens of the whole batch, so
    that the loss is a mean over tokens and not a mean of means. A loss that is no number, on any rank, changes nothing.
+   The ranks talk once a step, when the optimizer's work is on its way to the device; the loss is fetched only where it
+   is logged or watched.
 3. `validate` does the same over held-out samples, without gradients.
 
 Knows nothing of how data is ordered, how a model is built or how a checkpoint is committed.
@@ -17,11 +19,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_steel import dist
+from megatron_steel.data.loader import counted
 from megatron_steel.errors import Stopped, TrainingError
 from megatron_steel.recipe import Recipe
+from megatron_steel.train.engine import apply_step, set_accumulation
+from megatron_steel.train.garbage import Garbage
 from megatron_steel.train.health import Health, by_layer, extremes
 from megatron_steel.train.monitor import METRICS, Monitor, progress_line, read_metrics
-from megatron_steel.train.optimizer import learning_rate
+from megatron_steel.train.schedule import learning_rate
 from megatron_steel.train.spikes import Spikes
 from megatron_steel.train.watch import Watch
 
@@ -36,8 +41,8 @@ Batch = dict[str, "torch.Tensor"]
 class Job:
     """Everything the loop is handed; `pretrain` builds it.
 
-    `next_batches()` gives this rank's micro-batches of the next step; `validation()` yields its validation
-    micro-batches, equally many on every rank. `save(step, tokens, must)` commits a checkpoint; without `must` it may
+    `next_batches()` gives this rank's micro-batches of the next step, `labels_ahead()` how many labels count in them (0: not
+    known beforehand); `validation()` yields its validation micro-batches, equally many on every rank. `save(step, tokens, must)` commits a checkpoint; without `must` it may
     fail, returns False and leaves it to the next. `roll_back()` goes back to before the spike that `spikes` has confirmed and returns
     (step, tokens) there, or None where it cannot.
     """
@@ -52,8 +57,12 @@ class Job:
     position: Callable[[], dict[str, float]]
     out_of_memory: Callable[[], str]
     steps: int
+    total_tokens: int
     step: int = 0
     tokens: int = 0
+    labels_ahead: Callable[[], int] = lambda: 0
+    tokens_ahead: int = 0
+    """Of the next global batch, as the ranks have told each other; 0: they must still."""
     flops_per_token: float = 0.0
     peak_flops: float | None = None
     spikes: Spikes | None = None
@@ -67,13 +76,18 @@ class Job:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one global batch: mean loss per token, tokens, learning rate, and the gradient norm where DeepSpeed does not
-    keep it."""
+    """Of one global batch.
 
-    loss: float
+    `loss` is the mean per token, None where nobody asked for it; `loss_sum` this rank's part of its sum, still on the
+    device. `grad_norm` is there where DeepSpeed does not keep it. `stop`: a rank wants to stop.
+    """
+
+    loss: float | None
+    loss_sum: "torch.Tensor"
     tokens: int
     lr: float
     grad_norm: float | None
+    stop: bool
 
 
 class Clock:
@@ -101,38 +115,42 @@ class Clock:
 def fit(job: Job) -> None:
     """Train from `job.step` to `job.steps`. Raises Stopped after the save that a stop request asked for."""
     train = job.recipe.train
-    logged_at, save_due = job.step, False
+    logged_at, save_due = (job.step, job.tokens), False
     job.clock.take(1)
     if job.validation and job.step and job.step % train.eval_every_steps == 0 and _not_validated(job):
         validate(job)
-    while job.step < job.steps:
-        job.step += 1
-        done = train_step(job)
-        job.tokens += done.tokens
-        job.watch.progress(job.step)
-        if job.spikes and job.spikes.seen(job.step, done.loss):
-            there = job.roll_back()
-            if there:
-                job.step, job.tokens = there
-                logged_at = job.step
-                job.clock.take(1)
-                continue
-        last = job.step == job.steps
-        if is_logged(job):
-            log_step(job, done, job.step - logged_at)
-            logged_at = job.step
-        if job.validation and (job.step % train.eval_every_steps == 0 or last):
-            validate(job)
-        stop = job.watch.agreed_stop()
-        save_due = save_due or job.step % train.save_every_steps == 0
-        if stop or last or (save_due and not (job.spikes and job.spikes.suspects)):
-            save_due = False
-            with job.clock.part("save"):
-                saved = job.save(job.step, job.tokens, bool(stop or last))
-            stop = stop or (saved and job.watch.agreed_stop())  # asked for meanwhile: leave without another step
-        if stop and not last:
-            reason = next(r for r in dist.gather(job.watch.stop_wanted()) if r)
-            raise Stopped(f"stopped at step {job.step} of {job.steps} on request ({reason})")
+    with Garbage() as garbage:
+        while job.step < job.steps:
+            job.step += 1
+            done = train_step(job)
+            job.tokens += done.tokens
+            job.watch.progress(job.step)
+            if job.spikes and done.loss is not None and job.spikes.seen(job.step, done.loss):
+                there = job.roll_back()
+                if there:
+                    job.step, job.tokens = there
+                    logged_at, job.tokens_ahead = there, 0  # what was read ahead is dropped
+                    job.clock.take(1)
+                    continue
+            last, stop = job.step == job.steps, done.stop
+            if is_logged(job):
+                log_step(job, done, job.step - logged_at[0], job.tokens - logged_at[1])
+                logged_at = job.step, job.tokens
+            evaluated = job.validation and (job.step % train.eval_every_steps == 0 or last)
+            if evaluated:
+                validate(job)
+                stop = job.watch.agreed_stop()  # asked for meanwhile, too
+            save_due = save_due or job.step % train.save_every_steps == 0
+            saved = False
+            if stop or last or (save_due and not (job.spikes and job.spikes.suspects)):
+                save_due = False
+                with job.clock.part("save"):
+                    saved = job.save(job.step, job.tokens, bool(stop or last))
+                stop = stop or (saved and job.watch.agreed_stop())  # leave without another step
+            if stop and not last:
+                reason = next(r for r in dist.gather(job.watch.stop_wanted()) if r)
+                raise Stopped(f"stopped at step {job.step} of {job.steps} on request ({reason})")
+            garbage.after_step(bool(evaluated or saved))
 
 
 def train_step(job: Job) -> StepResult:
@@ -142,18 +160,21 @@ def train_step(job: Job) -> StepResult:
     engine, recipe = job.engine, job.recipe
     with job.clock.part("data"):
         micro_batches = job.next_batches()
-    tokens = int(dist.sum_over_ranks([float(sum(int((b["labels"] != -100).sum()) for b in micro_batches))])[0])
+    set_accumulation(engine, len(micro_batches))
+    tokens = job.tokens_ahead or int(dist.sum_over_ranks([counted(micro_batches)])[0])
     # Dropout is the same after a resume; the generator takes 63 bits.
     torch.manual_seed(((recipe.run.seed * 1_000_003 + job.step) * 8191 + dist.rank()) % 2**63)
-    lr = learning_rate(job.step, recipe.schedule, recipe.optim.lr, job.steps)
+    seen = job.tokens + tokens
+    lr = learning_rate(recipe.schedule, recipe.optim.lr, job.step, job.steps, seen, job.total_tokens)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     # DeepSpeed divides by ranks and micro-batches; multiplying first leaves sum / tokens.
     scale = dist.world_size() * len(micro_batches) / max(1, tokens)
-    norm = None
+    norm, fetched = None, None
     try:
         for number, batch in enumerate(micro_batches, start=1):
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             with job.clock.part("forward"), job.health.watching(is_logged(job)):
                 loss = engine(**to_device(batch, engine.device))
             loss_sum += loss.detach()
@@ -162,20 +183,50 @@ def train_step(job: Job) -> StepResult:
                 engine.backward(loss * (scale + 0.0 * loss.detach()))
                 if is_logged(job) and engine.is_gradient_accumulation_boundary():
                     job.health.read_gradients()
-            if number == len(micro_batches):
-                mine = float(loss_sum)  # waits for the device, as the gradient norm would next
+            if number == len(micro_batches) and (job.spikes or is_logged(job)):
+                fetched = on_its_way(loss_sum)
             with job.clock.part("optimizer"):
                 norm = apply_step(engine, recipe.optim.clip_grad_norm)
+        mine = fetched() if fetched else math.nan
     except torch.OutOfMemoryError as error:
         raise TrainingError(f"out of memory in step {job.step}: {str(error).splitlines()[0]}",
                             f"train.micro_batch_size={recipe.train.micro_batch_size}", job.out_of_memory()) from error  # fmt: skip
-    applied = engine.was_step_applied() and (norm is None or math.isfinite(norm))
-    total, applied_on = dist.sum_over_ranks([mine, float(applied)])
+    total, stop = tell_each_other(job, mine, engine.was_step_applied() and (norm is None or math.isfinite(norm)))
+    return StepResult(total / max(1, tokens) if fetched else None, loss_sum, tokens, lr, norm, stop)
+
+
+def tell_each_other(job: Job, loss_sum: float, applied: bool) -> tuple[float, bool]:
+    """The one exchange of a step: (the sum of the ranks' losses, whether one of them wants to stop).
+
+    It also counts the tokens of the next step, and asks whether all have applied this one. A collective call.
+    """
+    with job.clock.part("data"):
+        ahead = job.labels_ahead()
+    mine = [loss_sum, float(applied), float(job.watch.stop_wanted() is not None), float(ahead)]
+    total, applied_on, stop, tokens_ahead = dist.sum_over_ranks(mine)
     if 0 < applied_on < dist.world_size():  # the norm that decides it is the same number everywhere
         what = f"{int(applied_on)} of {dist.world_size()} ranks have applied the step, the others have left it out"
         raise dist.shared(TrainingError(what, f"step {job.step}", "start again: one of the machines may be faulty"))
     job.watch.step_done(job.step, applied)
-    return StepResult(total / max(1, tokens), tokens, lr, norm)
+    job.tokens_ahead = int(tokens_ahead)
+    return total, stop > 0
+
+
+def on_its_way(number: "torch.Tensor") -> Callable[[], float]:
+    """Start to copy a number to the host. What is returned waits for it alone, not for what the device is given next."""
+    import torch
+
+    host = number.to("cpu", non_blocking=True)
+    if number.device.type != "cuda":
+        return lambda: float(host)
+    event = torch.cuda.Event()
+    event.record()
+
+    def arrived() -> float:
+        event.synchronize()
+        return float(host)
+
+    return arrived
 
 
 def validate(job: Job) -> float | None:
@@ -213,8 +264,8 @@ def _not_validated(job: Job) -> bool:
     return dist.any_rank(dist.is_main() and not any(r["step"] == job.step and "validation_loss" in r for r in rows))
 
 
-def log_step(job: Job, done: StepResult, steps: int) -> None:
-    """Send out the numbers of the last step, and the mean times of the last `steps` steps."""
+def log_step(job: Job, done: StepResult, steps: int, tokens: int) -> None:
+    """Send out the numbers of the last step, and the mean times of the last `steps` steps, which took `tokens`."""
     import torch
 
     if job.engine.device.type == "cuda":
@@ -222,7 +273,7 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
     parts = job.clock.take(steps)
     aside = parts.get("seconds_validation", 0.0) + parts.get("seconds_save", 0.0)
     seconds_training = parts["seconds_step"] - aside
-    tokens_per_second = done.tokens / seconds_training
+    tokens_per_second = tokens / steps / seconds_training
     norm = done.grad_norm if done.grad_norm is not None else float(job.engine.get_global_grad_norm())
     health = job.health.take()
     row = {
@@ -237,6 +288,8 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
         "skipped_steps": job.watch.skipped_steps,
         **extremes(health),
     }
+    if job.engine.fp16_enabled():
+        row["loss_scale"] = float(job.engine.optimizer.cur_scale)
     if job.peak_flops:
         row["share_of_peak"] = tokens_per_second * job.flops_per_token / (job.peak_flops * dist.world_size())
     job.monitor.scalars(job.step, row, by_layer(health))
@@ -245,33 +298,6 @@ def log_step(job: Job, done: StepResult, steps: int) -> None:
 
 def is_logged(job: Job) -> bool:
     return job.step % job.recipe.train.log_every_steps == 0 or job.step == job.steps
-
-
-def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None:
-    """`engine.step()`. Returns the gradient norm only where DeepSpeed does not keep it: fp32 at stage 0.
-
-    There DeepSpeed neither measures the norm nor leaves out a step with non-finite gradients, so both, and the
-    clipping, are done here (`engine_config` switches DeepSpeed's off).
-    """
-    import torch
-
-    norm = None
-    if is_plain(engine) and engine.is_gradient_accumulation_boundary():
-        trained = [p for p in engine.module.parameters() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm([p.grad for p in trained])
-        norm = float(total)
-        if not math.isfinite(norm):
-            for p in trained:
-                p.grad = None
-        elif clip_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(trained, clip_grad_norm, total)
-    engine.step()
-    return norm
-
-
-def is_plain(engine: "DeepSpeedEngine") -> bool:
-    """True where DeepSpeed steps the optimizer itself, without a wrapper of its own."""
-    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
 
 
 def to_device(batch: Batch, device: "torch.device") -> Batch:

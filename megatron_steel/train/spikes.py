@@ -27,7 +27,7 @@ from typing import Any
 
 from megatron_steel import dist
 from megatron_steel.checkpoint import commit
-from megatron_steel.data.order import OrderState, next_batch
+from megatron_steel.data.order import OrderState
 from megatron_steel.data.segments import skip
 from megatron_steel.errors import SteelError, TrainingError
 
@@ -110,7 +110,7 @@ class RollBack:
 
 
 def plan_roll_back(
-    spikes: Spikes, folder: Path, order: OrderState, read: Callable[[commit.Checkpoint], OrderState], batch: int
+    spikes: Spikes, folder: Path, order: OrderState, read: Callable[[commit.Checkpoint], OrderState]
 ) -> RollBack | None:
     """What to do about a confirmed spike, the same on every rank; None when no checkpoint is old enough.
 
@@ -118,7 +118,6 @@ def plan_roll_back(
         folder: the run's `checkpoints/`.
         order: of the run as it stands, with all it has passed over so far.
         read: the order that a checkpoint holds.
-        batch: samples per step.
     Raises:
         TrainingError: it has spiked here too often.
     """
@@ -129,8 +128,8 @@ def plan_roll_back(
     if checkpoint is None:
         return None
     at = dataclasses.replace(order, next_sample=read(checkpoint).next_sample)
-    before = next_batch(at, (first - 1 - checkpoint.step) * batch)[1]
-    after = next_batch(before, (last - first + 1) * batch)[1]
+    before = at.after_steps(first - 1 - checkpoint.step)
+    after = before.after_steps(last - first + 1)
     start, stop = before.next_sample, int(min(after.next_sample, order.segments[-1].end))
     done = {"step": step, "attempt": attempt, "start": start, "stop": stop}
     return RollBack(checkpoint, skip(at, start, stop), done)

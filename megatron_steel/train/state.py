@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _FAILED_SAVES = 3  # in a row
+_OF_LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's, all that moves
 _TIDY_UP = "tidy up checkpoints"  # the thread that deletes old ones
 
 
@@ -80,6 +81,8 @@ def save(
 
     first = first_checkpoint_bytes(facts["parameters"])
     entry = {**dataclasses.asdict(progress), **facts, "layout": elastic.layout_of(engine), "versions": versions()}
+    if engine.fp16_enabled():
+        entry["loss_scaler"] = {name: getattr(engine.optimizer.loss_scaler, name) for name in _OF_LOSS_SCALER}
     path = commit.write(folder, progress.step, write_files, entry, first)
     dist.together(tidy_up, only=dist.is_main())
     return path
@@ -188,11 +191,13 @@ def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progres
     DeepSpeed restores the optimizer's settings too; the recipe's are put back, for they may have changed.
     """
     optimizer, path = engine.optimizer, checkpoint.path
-    settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
+    settings = [
+        {key: group[key] for key in group if key not in ("params", "lr", "step")} for group in optimizer.param_groups
+    ]
     clip = getattr(optimizer, "clip_grad", None)
     dist.together(lambda: zero.refuse_unsafe(path), only=dist.is_main())
     before, now = checkpoint.manifest.get("layout"), elastic.layout_of(engine)
-    if before == now:
+    if elastic.is_same(before, now):
         with zero.weights_only():
             loaded, client_state = engine.load_checkpoint(str(path), tag=commit.ENGINE)
         if loaded is None or CLIENT_STATE not in client_state:
@@ -200,6 +205,9 @@ def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progres
     else:
         dist.log.info("%s", _what_changed(before, now))
         elastic.load(engine, path)
+        if engine.fp16_enabled():
+            for name, value in checkpoint.manifest.get("loss_scaler", {}).items():
+                setattr(optimizer.loss_scaler, name, value)
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         group.update(wanted)
     if clip is not None:
@@ -247,10 +255,10 @@ def refuse_other_run(
     if manifest["tokenizer"]["fingerprint"] != now["tokenizer"]["fingerprint"]:
         what = f"the run began with another tokenizer ({manifest['tokenizer']['name']}) than {now['tokenizer']['name']}"
         raise SteelError(what, checkpoint.path, remedy)
-    decayed = manifest["recipe"]["optim"]["weight_decay_on"]
-    if decayed != recipe.optim.weight_decay_on:
-        what = f"optim.weight_decay_on was {decayed} and is now {recipe.optim.weight_decay_on}"
-        raise SteelError(what, checkpoint.path, remedy)
+    for key in ("weight_decay_on", "name"):
+        then, wanted = manifest["recipe"]["optim"][key], getattr(recipe.optim, key)
+        if then != wanted:
+            raise SteelError(f"optim.{key} was {then} and is now {wanted}", checkpoint.path, remedy)
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 
 from megatron_steel.data.dataset import BlendedDataset
 from megatron_steel.data.indexed import IndexedDataset, IndexedWriter
-from megatron_steel.data.loader import Loader, validation_batches
+from megatron_steel.data.loader import IGNORED, Loader, validation_batches
 from megatron_steel.data.order import next_batch
 from megatron_steel.data.order_json import from_json
 from megatron_steel.data.segments import Member, plan, skip
@@ -73,6 +73,25 @@ def test_saving_at_any_step_and_going_on_equals_a_straight_run(dataset, stop):
             whole = _rows(one.step())
             assert torch.equal(_rows(two.step()), straight[step])
             assert torch.equal(whole.view(-1, 2, 4, L)[:, 1].reshape(-1, L), straight[step])  # rank 1's share
+
+
+def test_labels_are_counted_ahead_of_their_step(dataset, monkeypatch):
+    fill = BlendedDataset.fill
+
+    def masked(self, number, ids, labels):  # the sample's number decides how many labels are ignored
+        fill(self, number, ids, labels)
+        labels[: number % L] = IGNORED
+
+    monkeypatch.setattr(BlendedDataset, "fill", masked)
+    with Loader(dataset, dataset.order, B, 4, rank=1, world=2) as loader:
+        for _ in range(10):
+            before = loader.state
+            ahead = loader.labels_ahead()
+            assert loader.state == before
+            assert ahead == sum(int((b["labels"] != IGNORED).sum()) for b in loader.step()) < 12 * L
+        assert loader.labels_ahead() == 0  # beyond the planned end: the error is `step`'s
+        with pytest.raises(IndexError, match="not planned"):
+            loader.step()
 
 
 def test_document_ids_come_only_when_asked(dataset):

@@ -98,6 +98,53 @@ def test_the_bytes_do_not_depend_on_workers_or_parts(tmp_path, tiny_tokenizer, m
         assert load(tmp_path / f"one{suffix}").digest == load(tmp_path / f"two{suffix}").digest
 
 
+def test_short_documents_are_left_out_as_if_they_had_not_been_there(tmp_path, tiny_tokenizer, small_units):
+    """Characters and tokens are two limits; over several parts all is counted, and validation is not moved."""
+    texts = [f"w{3 + i % 120} " * (1 + i % 7) + "x" * (i % 3) for i in range(1000)] + ["", "w5"]
+    kept = [t for t in texts if len(t) >= 12 and len(t.split()) >= 4]
+    (tmp_path / "all.jsonl").write_bytes(lines(texts))
+    (tmp_path / "kept.jsonl").write_bytes(lines(kept))
+    limits = {"min_tokens": 4, "min_chars": 12, "validation_ratio": 0.1}
+    dropped = tokenize([tmp_path / "all.jsonl"], tiny_tokenizer, tmp_path / "a", workers=1, **limits)
+    filtered = tokenize([tmp_path / "kept.jsonl"], tiny_tokenizer, tmp_path / "b", workers=1, validation_ratio=0.1)
+    for suffix in ("", "-validation"):
+        assert content(tmp_path / f"a{suffix}") == content(tmp_path / f"b{suffix}")
+    assert min(len(ids) for ids in documents(tmp_path / "a")) == 5
+    (entry,) = dropped.provenance
+    assert {key: entry[key] for key in ("rows", "empty", "short", "min_tokens", "min_chars")} == {
+        "rows": len(texts), "empty": 1, "short": len(texts) - 1 - len(kept), "min_tokens": 4, "min_chars": 12,
+    }  # fmt: skip
+    assert "short" not in filtered.provenance[0]
+    assert any(len(t) < 12 and len(t.split()) >= 4 for t in texts)  # each limit acts alone
+    assert any(len(t) >= 12 and len(t.split()) < 4 for t in texts)
+
+
+def test_parts_made_with_other_limits_are_not_used(tmp_path, tiny_tokenizer, small_units, monkeypatch):
+    """Killed after its parts, and started again: the same command uses them, one with a limit makes its own."""
+    source = many(tmp_path / "a.jsonl")
+
+    def killed(*arguments):
+        raise OSError("killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(room, "_publish", killed)
+        with pytest.raises(SteelError, match="cannot write"):
+            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, min_tokens=3)
+    made = []
+    real = room.parts.make
+    monkeypatch.setattr(room.parts, "make", lambda item, encoder: made.append(item[0]) or real(item, encoder))
+    tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, min_tokens=3)
+    assert made == []
+    with monkeypatch.context() as broken:
+        broken.setattr(room, "_publish", killed)
+        with pytest.raises(SteelError, match="cannot write"):
+            tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, min_tokens=3)
+    made.clear()
+    result = tokenize([source], tiny_tokenizer, tmp_path / "out", workers=1, min_tokens=4)
+    assert len(made) > 2
+    assert result.documents == sum(1 + i % 7 >= 4 for i in range(3000))
+
+
 def test_validation_is_chosen_by_content(tmp_path, tiny_tokenizer):
     texts = [f"w{i % 100 + 3} w{i // 100 + 3}" for i in range(2000)]
     for name, order in (("a", texts), ("b", texts[::-1] + texts)):

@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from megatron_steel.errors import SteelError
-from megatron_steel.model.build import build_config, build_model, decay_groups
+from megatron_steel.model.build import build_config, build_model
 from megatron_steel.recipe import Model
 
 STEEL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -137,30 +136,6 @@ def test_init_from_refuses_other_tensors(tmp_path):
         build_model(steel(num_hidden_layers=1), seed=1, init_from=str(tmp_path))
     with pytest.raises(SteelError, match="no Hugging Face model"):
         build_model(steel(), seed=1, init_from=str(tmp_path / "nowhere"))
-
-
-def test_decay_groups():
-    model = build_model(steel(FFN_type="softmoe_v3", tie_word_embeddings=True), seed=1)
-    decayed, others = decay_groups(model, 0.1)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert all(p.dim() >= 2 for p in decayed["params"])
-    assert {names[id(p)].rsplit(".", 2)[-2] for p in others["params"]} == {
-        "q_proj", "k_proj", "v_proj", "mlp", "input_layernorm", "post_attention_layernorm", "norm",
-    }  # biases, the scale of the router, norms  # fmt: skip
-    together = [id(p) for group in (decayed, others) for p in group["params"]]
-    assert sorted(together) == sorted(id(p) for p in model.parameters())  # each once, tied ones too
-    (everything,) = decay_groups(model, 0.05, on="all")
-    assert everything["weight_decay"] == 0.05
-    assert len(everything["params"]) == len(together)
-
-
-def test_decay_groups_remember_the_shape_of_cut_parameters():
-    layer = nn.Linear(4, 4)
-    layer.weight.data, layer.weight.ds_shape = torch.zeros(16), torch.Size([4, 4])
-    layer.bias.requires_grad_(False)
-    (group,) = decay_groups(layer, 0.1)
-    assert group == {"params": [layer.weight], "weight_decay": 0.1}
 
 
 def test_two_matrices_cannot_start_a_tied_model(tmp_path):

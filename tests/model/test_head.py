@@ -1,20 +1,26 @@
 """The chunked head equals a plain linear layer, fp32 softmax and cross-entropy: value and every gradient."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_steel.model.head import ChunkedHead
+from megatron_steel.model.head import ChunkedHead, PlainHead, _softmax_
 
 # (batch, tokens, hidden, words, chunk): chunks that divide the tokens, that leave a rest, that are larger than all
 SHAPES = [(2, 8, 16, 40, 4), (3, 7, 12, 33, 5), (1, 1, 8, 3, 4096), (2, 9, 24, 101, 1)]
 
 
-def plain_loss(hidden, weight, bias, labels, scale=1.0, cap=None):
+def plain_loss(hidden, weight, bias, labels, scale=1.0, cap=None, z_loss=0.0):
     logits = F.linear(hidden, weight, bias).float() * scale
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
+    if z_loss:
+        log_z = torch.logsumexp(logits, dim=-1)[labels != -100]
+        return plain_loss(hidden, weight, bias, labels, scale, cap) + z_loss * (log_z**2).sum()
     return F.cross_entropy(logits.reshape(-1, weight.shape[0]), labels.reshape(-1), ignore_index=-100, reduction="sum")
 
 
@@ -49,6 +55,81 @@ def test_loss_and_gradients_equal_the_plain_loss_in_fp32(shape, bias, scale, cap
         gradients(loss, head, hidden, upstream), gradients(plain, head, hidden, upstream), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_class", [ChunkedHead, PlainHead])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (2.0, 1.5)])
+def test_the_z_loss_is_in_the_gradients_and_not_in_the_loss(head_class, shape, scale, cap):
+    chunked, hidden, labels = make(shape, bias=True)
+    chunk = {"chunk_tokens": shape[-1]} if head_class is ChunkedHead else {}
+    head = head_class(chunked, logit_scale=scale, logit_cap=cap, z_loss=0.1, **chunk)
+    loss = head(hidden, labels)
+    plain = plain_loss(hidden, head.weight, head.bias, labels, scale, cap)
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-5)
+    penalised = plain_loss(hidden, head.weight, head.bias, labels, scale, cap, z_loss=0.1)
+    assert penalised > plain + 0.01
+    expected = gradients(penalised, head, hidden, 0.37)
+    for mine, theirs in zip(gradients(loss, head, hidden, 0.37), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(head(hidden, labels), plain, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_compiled_softmax_is_the_plain_one(dtype, backend):
+    """fp32: within 1e-6; bf16: gradients within one rounding, 2^-8 of themselves."""
+    settings = {"logit_scale": 2.0, "logit_cap": 3.0, "z_loss": 0.1}
+    head, hidden, labels = make(SHAPES[1], bias=True, dtype=dtype, **settings)
+    plain = head(hidden, labels)
+    expected = gradients(plain, head, hidden, 0.37)
+    head.softmax = torch.compile(_softmax_, backend=backend, dynamic=False)
+    loss = head(hidden, labels)
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (2**-7, 1e-3)
+    for mine, theirs in zip(gradients(loss, head, hidden, 0.37), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
+
+
+def test_a_chunk_in_blocks_is_the_chunk_at_once(monkeypatch):
+    head, hidden, labels = make((2, 64, 16, 50, 128))
+    whole = gradients(head(hidden, labels), head, hidden, 1.0)
+    monkeypatch.setattr("megatron_steel.model.head.BLOCK_NUMBERS", 50 * 7)
+    for mine, theirs in zip(gradients(head(hidden, labels), head, hidden, 1.0), whole, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside have held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return out
+
+
+def test_peak_memory_is_one_chunk_of_logits_and_one_block(monkeypatch):
+    """bf16: 2 bytes a logit of the chunk, and at most 16 of a block; whole logits take 16 of everything."""
+    tokens, words, chunk, block = 512, 4096, 128, 1 << 16
+    monkeypatch.setattr("megatron_steel.model.head.BLOCK_NUMBERS", block)
+    head, hidden, labels = make((2, tokens // 2, 16, words, chunk), dtype=torch.bfloat16)
+    with Peak() as peak:
+        head(hidden, labels)
+    gradients_bytes = 2 * (head.weight.numel() + hidden.numel())
+    assert 2 * chunk * words < peak.most < 2 * chunk * words + 16 * block + 2 * gradients_bytes
+    with Peak() as plain:
+        PlainHead(head)(hidden, labels)
+    assert plain.most > 4 * peak.most
 
 
 @pytest.mark.parametrize(("chunk", "factor"), [(128, 1.1), (16, 2.5)])
@@ -108,14 +189,14 @@ def test_a_frozen_weight_gets_no_gradient():
     assert hidden.grad is not None
 
 
-def test_all_logits_are_never_alive(monkeypatch):
-    """No chunk computes more than its own rows of logits."""
+def test_all_logits_are_never_alive():
+    """No chunk computes more than its own rows of logits, all of them in one buffer."""
     head, hidden, labels = make((3, 7, 12, 33, 5))
-    rows = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
+    seen, softmax = [], head.softmax
+    head.softmax = lambda logits, *rest: seen.append((logits.shape, logits.data_ptr())) or softmax(logits, *rest)
     head(hidden, labels).backward()
-    assert rows == [5, 5, 5, 5, 1]
+    assert [tuple(shape) for shape, _ in seen] == [(5, 33)] * 4 + [(1, 33)]
+    assert len({place for _, place in seen}) == 1
 
 
 def test_names_and_objects_of_the_parameters_are_kept():

@@ -17,16 +17,18 @@ import deepspeed
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False   # or init_distributed compiles C++
 deepspeed.init_distributed("gloo", dist_init_required=False)
 from megatron_steel.model.build import build_config, build_model, decay_groups, prepare_for_training
+from megatron_steel.model.kernels import Choice
 from megatron_steel.recipe import Model
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 kind, tied, checkpointing, precision = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True", sys.argv[4]
+kernels = Choice(head=sys.argv[5])
 config = build_config(Model(kind, SIZES | {"tie_word_embeddings": tied, "initializer_range": 0.2}))
 generator = torch.Generator().manual_seed(1)
 batches = [torch.randint(0, 101, (2, 9), generator=generator) for _ in range(8)]
 
 def build():
-    return prepare_for_training(build_model(config, seed=1), checkpointing)
+    return prepare_for_training(build_model(config, seed=1), checkpointing, kernels, z_loss=1e-3)
 
 plain = build()
 optimizer = torch.optim.AdamW(decay_groups(plain, 0.1), lr=1e-2, betas=(0.9, 0.95))
@@ -66,12 +68,17 @@ assert expected[-1] != expected[0]
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied", "checkpointing", "precision"),
-    [("steel", False, False, "fp32"), ("llama", True, True, "fp32"), ("steel", True, False, "bf16")],
+    ("kind", "tied", "checkpointing", "precision", "head"),
+    [
+        ("steel", False, False, "fp32", "chunked"),
+        ("llama", True, True, "fp32", "chunked"),
+        ("steel", True, False, "bf16", "chunked"),
+        pytest.param("llama", True, False, "fp32", "plain", marks=pytest.mark.slow),
+    ],
 )
-def test_losses_equal_a_plain_loop(tmp_path, kind, tied, checkpointing, precision):
+def test_losses_equal_a_plain_loop(tmp_path, kind, tied, checkpointing, precision, head):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, kind, str(tied), str(checkpointing), precision],
+        [sys.executable, "-c", SCRIPT, kind, str(tied), str(checkpointing), precision, head],
         cwd=tmp_path, env=os.environ | {"LOCAL_RANK": "0"}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_steel.errors import SteelError
 from megatron_steel.model import training
+from megatron_steel.model.attention import document_inputs
 from megatron_steel.model.build import build_config, build_model
 from megatron_steel.model.head import ChunkedHead
-from megatron_steel.model.training import as_shipped, document_inputs, prepare_for_training
+from megatron_steel.model.training import as_shipped, prepare_for_training
 from megatron_steel.recipe import Model
 
 GLU = {

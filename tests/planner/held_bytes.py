@@ -2,7 +2,8 @@
 
 held_bytes.py RECIPE DS.json ...: for each DeepSpeed file two optimizer steps in bf16. Bytes are those
 of all live tensors' storages, the greatest of: after the forward
-pass, late in the backward pass, after it, when Adam begins.
+pass, late in the backward pass, after it, when gradients
+are laid out flat, when Adam begins.
 """
 
 import gc
@@ -45,6 +46,7 @@ def held(recipe: Recipe, file: str) -> int:
     inputs = model.get_input_embeddings()
     late = inputs.register_forward_hook(lambda _module, _args, output: output.register_hook(watch.look) and None)
     adam = register_optimizer_step_pre_hook(watch.look)
+    _look_after_flattening(started.optimizer, watch)
     ids = torch.zeros((1, 8), dtype=torch.int64)
     for _ in range(2):
         for _ in range(config["gradient_accumulation_steps"]):
@@ -57,6 +59,20 @@ def held(recipe: Recipe, file: str) -> int:
     late.remove()
     adam.remove()
     return watch.peak
+
+
+def _look_after_flattening(optimizer: Any, watch: Watch) -> None:
+    """Stages 1 and 2 lay a rank's gradients out flat before Adam begins and only then let the pieces go."""
+    flatten = getattr(optimizer, "flatten", None)
+    if flatten is None:
+        return
+
+    def observed(tensors: list[torch.Tensor]) -> torch.Tensor:
+        flat: torch.Tensor = flatten(tensors)
+        watch.look()
+        return flat
+
+    optimizer.flatten = observed
 
 
 def main(recipe_path: str, files: list[str]) -> None:

@@ -3,8 +3,13 @@
 import json
 
 import pytest
+from deepspeed.utils.config import get_timers_config
+from plain_loop import MUON, MUON_NOISE, muon_and_adamw, plain_loop
 
+from megatron_steel.device import smallest_sharding
 from megatron_steel.errors import SteelError
+from megatron_steel.model.build import build_config
+from megatron_steel.model.flops import parameters
 from megatron_steel.recipe import load_recipe
 from megatron_steel.train import engine
 
@@ -45,6 +50,7 @@ def test_the_recipe_decides_batch_precision_and_clipping():
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"] == {"enabled": True}
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert not get_timers_config(config).enabled  # it would wait for the device twice a micro-batch
 
 
 @pytest.mark.parametrize(
@@ -61,16 +67,31 @@ def test_auto_takes_the_smallest_stage_that_fits_a_billion_parameters(gib, ranks
     assert engine.smallest_stage_that_fits(10**9, 2 * 2**30, gib * 2**30, ranks) == stage
 
 
+@pytest.mark.parametrize("name", ["steel-1b", "zh-1b", "tinyllama-1.1b"])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_a_billion_parameters_on_80_gb_cards_need_no_stage_3(name, ranks):
+    recipe = load_recipe(name)
+    config = build_config(recipe.model)
+    chosen = smallest_sharding(recipe, config, parameters(config).total, 80 * 10**9, ranks)
+    assert chosen == "zero1.json"
+
+
 @pytest.fixture(scope="module")
-def curves(tiny_recipe, launch_many, metrics, tmp_path_factory):
-    """Losses of three bf16 steps on two ranks, by file."""
+def two_ranks(tiny_recipe, launch_many, tmp_path_factory):
+    """Runs under one launcher: three bf16 steps with each file, and six steps of Muon in fp32."""
     folder = tmp_path_factory.mktemp("stages")
-    names = engine.shipped_configs()
-    launch_many(2, tiny_recipe, *([f"run.dir={folder}/{name}", f"deepspeed.config={name}", "train.precision=bf16",
-                                   "train.steps=3"] for name in names))  # fmt: skip
+    runs = [[f"run.dir={folder}/{name}", f"deepspeed.config={name}", "train.precision=bf16", "train.steps=3"]
+            for name in engine.shipped_configs()]  # fmt: skip
+    launch_many(2, tiny_recipe, *runs, [f"run.dir={folder}/muon", *MUON, "deepspeed.config=zero1.json"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def curves(two_ranks, metrics):
+    """Losses of three bf16 steps on two ranks, by file."""
     found = {}
-    for name in names:
-        rows = metrics(folder / name)
+    for name in engine.shipped_configs():
+        rows = metrics(two_ranks / name)
         found[name] = [rows[step]["loss"] for step in (1, 2, 3)] + [rows[3]["validation_loss"]]
     return found
 
@@ -80,3 +101,10 @@ def test_every_shipped_file_trains_and_all_agree(curves):
     for name, losses in curves.items():
         assert losses == pytest.approx(curves["zero3.json"], abs=BF16_NOISE), name
         assert losses[2] < losses[0]
+
+
+def test_muon_over_a_matrix_that_two_ranks_share_equals_plain_torch(two_ranks, tiny_recipe, metrics):
+    losses, norms = plain_loop(load_recipe(str(tiny_recipe), MUON), 6, muon_and_adamw)
+    rows = metrics(two_ranks / "muon")
+    assert [rows[step]["loss"] for step in sorted(rows)] == pytest.approx(losses, abs=MUON_NOISE)
+    assert rows[1]["grad_norm"] == pytest.approx(norms[0], rel=1e-5)  # of the gradient, not of Muon's step

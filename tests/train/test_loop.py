@@ -1,5 +1,6 @@
 """The loop's promises on one rank, in this process: equalities between runs that must not differ."""
 
+import collections
 import json
 import math
 import shutil
@@ -11,7 +12,9 @@ import torch
 from megatron_steel import cli
 from megatron_steel.checkpoint import commit
 from megatron_steel.data.indexed import IndexedWriter
+from megatron_steel.data.loader import Loader
 from megatron_steel.errors import TrainingError
+from megatron_steel.train import loop
 from megatron_steel.train.watch import Watch
 
 
@@ -58,6 +61,30 @@ def test_a_token_budget_counts_what_was_trained_also_when_the_batch_changes(trai
     assert max(rows) == 6 + 3
     assert rows[9]["tokens"] == 12 * 8 * 32
     assert rows[9]["samples"] == 12 * 8
+
+
+@pytest.mark.parametrize(("words", "fetched"), [([], 2), (["train.spike_score=6"], 5)])
+def test_a_step_has_one_exchange_and_only_a_wanted_loss_is_fetched(train, monkeypatch, words, fetched):
+    """5 steps, logged at 4 and at the end; the first batch is counted when there was no step before it to do so."""
+    counts = collections.Counter()
+
+    def spy(module, name):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: counts.update([name]) or original(*args))
+
+    spy(loop.dist, "sum_over_ranks")
+    spy(loop.dist, "any_rank")
+    spy(loop, "on_its_way")
+    rows = train("run", "train.steps=5", "train.log_every_steps=4", "data.validation=null", "train.save_every_steps=9",
+                 "train.micro_batch_size=8", *words)  # fmt: skip
+    assert sorted(rows) == [4, 5]
+    assert counts == {"sum_over_ranks": 1 + 5, "on_its_way": fetched, "any_rank": 1}  # a stop asked for in the save?
+
+
+def test_a_batch_counted_ahead_equals_one_counted_in_its_step(train, monkeypatch):
+    ahead = train("ahead", "train.steps=4")
+    monkeypatch.setattr(Loader, "labels_ahead", lambda self: 0)
+    assert _losses(train("counted", "train.steps=4")) == _losses(ahead)
 
 
 def test_validation_is_a_mean_over_tokens_however_it_is_cut(train):

@@ -89,7 +89,7 @@ def test_the_window_its_target_and_what_comes_after(tmp_path, weight):
     _checkpoints(tmp_path, (20, 40, 43), order)
     _spike(watch, (44, 45, 46))
     now = next_batch(order, 46 * BATCH)[1]
-    back = s.plan_roll_back(watch, tmp_path, now, _read(order), BATCH)
+    back = s.plan_roll_back(watch, tmp_path, now, _read(order))
     assert back.checkpoint.step == 40  # the update of 43 may be what broke the weights
     assert back.done == {"step": 44, "attempt": 1, "start": 42 * BATCH, "stop": 46 * BATCH}
     assert back.order.skipped == ((42 * BATCH, 46 * BATCH),)
@@ -105,7 +105,7 @@ def test_again_at_the_same_place_more_goes_and_the_fourth_time_ends_the_run(tmp_
     windows, now = [], order
     for attempt in (1, 2, 3):
         _spike(watch, (44, 45, 46))
-        back = s.plan_roll_back(watch, tmp_path, now, _read(order), BATCH)
+        back = s.plan_roll_back(watch, tmp_path, now, _read(order))
         assert back.done["attempt"] == attempt
         windows.append((back.checkpoint.step, (back.done["stop"] - back.done["start"]) // BATCH))
         watch.back_to(back.checkpoint.step, {**watch.to_json(), "suspects": []}, back.done)
@@ -114,7 +114,7 @@ def test_again_at_the_same_place_more_goes_and_the_fourth_time_ends_the_run(tmp_
     assert windows == [(40, 4), (20, 4 + 10), (20, 4 + 10 + 34)]
     _spike(watch, (44, 45, 46))
     with pytest.raises(TrainingError, match="risen again after 3 roll-backs") as caught:
-        s.plan_roll_back(watch, tmp_path, now, _read(order), BATCH)
+        s.plan_roll_back(watch, tmp_path, now, _read(order))
     assert caught.value.exit_code == 70
     assert caught.value.shared
 
@@ -130,12 +130,12 @@ def test_no_way_back_before_the_first_checkpoint_or_a_change_of_data(tmp_path):
     order, watch = _order(), _watched()
     _spike(watch, (44, 45, 46))
     now = next_batch(order, 46 * BATCH)[1]
-    assert s.plan_roll_back(watch, tmp_path, now, _read(order), BATCH) is None
+    assert s.plan_roll_back(watch, tmp_path, now, _read(order)) is None
     _checkpoints(tmp_path, (20, 40), order)
     watch.since = 41
-    assert s.plan_roll_back(watch, tmp_path, now, _read(order), BATCH) is None
+    assert s.plan_roll_back(watch, tmp_path, now, _read(order)) is None
     watch.since = 40
-    assert s.plan_roll_back(watch, tmp_path, now, _read(order), BATCH).checkpoint.step == 40
+    assert s.plan_roll_back(watch, tmp_path, now, _read(order)).checkpoint.step == 40
 
 
 def test_a_damaged_target_is_passed_over(tmp_path):
@@ -143,7 +143,7 @@ def test_a_damaged_target_is_passed_over(tmp_path):
     _checkpoints(tmp_path, (20, 40), order)
     (tmp_path / "step-00000040" / "manifest.json").write_text("{")
     _spike(watch, (44, 45, 46))
-    back = s.plan_roll_back(watch, tmp_path, next_batch(order, 46 * BATCH)[1], _read(order), BATCH)
+    back = s.plan_roll_back(watch, tmp_path, next_batch(order, 46 * BATCH)[1], _read(order))
     assert back.checkpoint.step == 20
     assert back.done["start"] == 42 * BATCH
 
@@ -154,7 +154,7 @@ def test_earlier_windows_stay_out_when_the_run_goes_back_behind_them(tmp_path):
     now = skip(next_batch(order, 20 * BATCH)[1], 25 * BATCH, 27 * BATCH)
     now = next_batch(now, 26 * BATCH)[1]  # step 46
     _spike(watch, (44, 45, 46))
-    back = s.plan_roll_back(watch, tmp_path, now, _read(order), BATCH)
+    back = s.plan_roll_back(watch, tmp_path, now, _read(order))
     assert back.order.skipped == ((25 * BATCH, 27 * BATCH), (44 * BATCH, 48 * BATCH))
 
 

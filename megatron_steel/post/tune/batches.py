@@ -59,7 +59,8 @@ class Collator:
 
 def keep_apart(model: Any) -> None:
     """Let a causal language model take `document_ids`. Raises SteelError where its class is not proven to obey."""
-    from megatron_steel.model.training import document_inputs, require_document_mask
+    from megatron_steel.model.attention import document_inputs
+    from megatron_steel.model.training import require_document_mask
 
     try:
         require_document_mask(model)

@@ -64,7 +64,7 @@ def equal(megatron: str, prefix: str, samples: int) -> str:
     data = theirs(megatron, prefix, 1000, masks=True)()
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-    from megatron_steel.model.training import document_inputs
+    from megatron_steel.model.attention import document_inputs
 
     dataset, _ = ours(prefix, samples)
     mine = IndexedDataset(prefix)
@@ -132,7 +132,7 @@ def masked_ours(megatron: str, prefix: str, samples: int) -> float:
 
 def dense_ours(megatron: str, prefix: str, samples: int) -> float:
     """And with the mask and the positions, made on the CPU as theirs are."""
-    from megatron_steel.model.training import document_inputs
+    from megatron_steel.model.attention import document_inputs
 
     dataset, _ = ours(prefix, 10 * samples)
     return _per_sample(lambda n: document_inputs(_micro_batch(dataset, n, True)["document_ids"]), samples, False)

@@ -63,7 +63,7 @@ class Ours:
         self._job.step += 1
         self._job.next_batches = lambda: batches
         done = loop.train_step(self._job)
-        return Step(done.loss, done.grad_norm)
+        return Step(done.loss_sum / done.tokens, done.grad_norm)
 
     def grad_norm(self, done: Step) -> float:
         return done.grad_norm if done.grad_norm is not None else float(self.engine.get_global_grad_norm())
