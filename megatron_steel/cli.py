@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     known, rest = parser.parse_known_args(argv)
     if rest and (
-        known.action not in (verbs.pretrain, verbs.launch, verbs.sft, verbs.dpo)
+        known.action not in (verbs.pretrain, verbs.launch, verbs.plan, verbs.sft, verbs.dpo)
         or any(word.startswith("-") for word in rest)
     ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -67,6 +67,27 @@ def _training(verb: AddVerb) -> None:
     p.add_argument("overrides", nargs="*", metavar="key.path=value")
     p.add_argument("--num_gpus", type=int, metavar="N", help="ranks on each node (default: one per GPU)")
     p.add_argument("--hostfile", metavar="F", help="several nodes, one line each: HOSTNAME slots=GPUS")
+
+    p = verb(verbs.plan, "memory, time, disk and cost of a recipe on a machine, before you rent it (docs/plan.md)")
+    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped name or a YAML path; needs no data")
+    p.add_argument("overrides", nargs="*", metavar="key.path=value")
+    p.add_argument("--gpus", metavar="8xA100-80G", help="GPUs of one node, or NODESxGPUSxNAME as in 4x8xH100")
+    p.add_argument(
+        "--link", metavar="200Gb/s", help="what joins the nodes: speed of one node's network, all cards together"
+    )
+    p.add_argument(
+        "--peak-tflops", type=float, metavar="N", help="dense bf16 peak of a GPU that the table does not have"
+    )
+    p.add_argument("--memory-gb", type=float, metavar="N", help="memory of a GPU that the table does not have")
+    p.add_argument("--price", type=float, metavar="P", help="of one GPU for one hour, in your currency")
+    p.add_argument("--check", action="store_true", help="the time model against published speeds, held-out rows first")
+    p.add_argument("--data", nargs="+", default=[], metavar="SOURCE_OR_FILE",
+                   help="hours and disk to prepare and tokenize these files, by timing a sample of them here")  # fmt: skip
+    p.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="with --data: tokenize with it")
+    p.add_argument("--chain", metavar="CHAIN", help="with --data: clean with it (text, code, ...)")
+    p.add_argument("--cores", type=int, metavar="N", help="with --data: cores that will work (default: those here)")
+    p.add_argument("--total-size", metavar="620GB", help="with --data: of the whole corpus these files are a part of")
+    p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
 
     p = verb(verbs.recipes, "list the shipped recipes, show one, or scale one down to try it out")
     p.add_argument("words", nargs="*", metavar="show NAME | scale NAME")

@@ -36,6 +36,14 @@ def recipes(words: list[str], params: str | None, vocab_size: int | None, output
         raise _usage("recipes, recipes show NAME, or recipes scale NAME --params 50m [--vocab-size N] [--output FILE]")
 
 
+def plan(recipe: str | None, overrides: list[str], **options: Any) -> None:
+    from megatron_steel.planner import command
+
+    tree, text = command.run(recipe, overrides, options)
+    print(text)
+    _write_json(options["json_file"], tree)
+
+
 def prepare(source: str, inputs: list[str], output: str | None, fetch: str | None, **options: Any) -> None:
     hub, sample = options.pop("hub"), options.pop("sample")
     if fetch and not inputs and not output:

@@ -92,6 +92,8 @@ _PEAKS = (
     ("H200", 989.5e12),
     ("RTX 4090 D", None),  # cut down for one market: no sheet states its tensor peak
     ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12),  # GA102 white paper
+    ("L40S", 362.05e12),
 )
 
 

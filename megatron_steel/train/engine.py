@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_steel import dist
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import fetched_whole
+from megatron_steel.model.states import rank_states
 from megatron_steel.recipe import Optim, Recipe, accumulation_steps
 from megatron_steel.train import elastic, optimizer
 from megatron_steel.train.muon import Muon
@@ -55,7 +56,7 @@ FILE_OWNS = ("zero_optimization", "communication_data_type", "prescale_gradients
 
 def shipped_configs() -> list[str]:
     """Names of the files in `ds_configs/` that the wheel packs."""
-    return sorted(file.name for file in _config_folder().glob("*.json"))
+    return sorted(file.name for file in config_folder().glob("*.json"))
 
 
 def read_config(name_or_path: str) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     """
     path = Path(name_or_path)
     if not path.is_file() and str(path.parent) in (".", "ds_configs"):
-        path = _config_folder() / path.name
+        path = config_folder() / path.name
     if not path.is_file():
         raise SteelError(f"there is no DeepSpeed file {name_or_path!r}", "deepspeed.config",
                          f"use a path, auto, or one of: {', '.join(shipped_configs())}")  # fmt: skip
@@ -131,19 +132,12 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
 def smallest_stage_that_fits(parameters: int, activation_bytes: int, device_bytes: int, world_size: int) -> str:
     """`deepspeed.config: auto`: the first of zero1, zero2, zero3, zero3_offload whose states and activations fit.
 
-    States per rank are those of the ZeRO paper (arXiv 1910.02054, figure 1) and what DeepSpeed 0.19 holds beside them in
-    bf16: gradients are added up in fp32; stage 1 keeps both its bf16 and its fp32 gradients whole, stage 2 lays its
-    share out flat before it steps. A tenth of the device stays free. Stage 0 is left out because it adds gradients up in
-    bf16 and refuses an fp32 sum; on one rank stage 1 takes the same memory.
+    States per rank as `model.states` counts them; a tenth of the device stays free. Stage 0 is left out because it adds
+    gradients up in bf16 and refuses an fp32 sum; on one rank stage 1 takes the same memory.
     """
-    p, n = parameters, world_size
-    needs = {
-        "zero1.json": 8 * p + 12 * p / n,
-        "zero2.json": 2 * p + 20 * p / n,
-        "zero3.json": 18 * p / n,
-    }
-    for name, states in needs.items():
-        if states + activation_bytes <= 0.9 * device_bytes:
+    for name in ("zero1.json", "zero2.json", "zero3.json"):
+        zero = json.loads((config_folder() / name).read_text(encoding="utf-8"))["zero_optimization"]
+        if rank_states([parameters], zero, world_size).device + activation_bytes <= 0.9 * device_bytes:
             return name
     return "zero3_offload.json"
 
@@ -247,7 +241,7 @@ def quiet_deepspeed(device: "torch.device") -> Any:
     return deepspeed
 
 
-def _config_folder() -> Path:
+def config_folder() -> Path:
     """`ds_configs/` of a checkout, or the copy inside an installed wheel."""
     package = Path(__file__).parent.parent
     packed = package / "ds_configs"

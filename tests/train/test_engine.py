@@ -59,7 +59,7 @@ def test_the_recipe_decides_batch_precision_and_clipping():
         (80, 1, "zero1.json"),
         (24, 8, "zero1.json"),
         (8, 8, "zero2.json"),
-        (6, 8, "zero3.json"),
+        (7.1, 8, "zero3.json"),
         (2, 8, "zero3_offload.json"),
     ],
 )

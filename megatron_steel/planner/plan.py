@@ -1,0 +1,226 @@
+"""`megatron-steel plan RECIPE --gpus 8xA100-80G`: will it fit, how fast, how long, what does it cost, before renting.
+
+Needs the recipe alone: no data, no tokenizer, no GPU. Builds one tree of plain values (`--json`) that `show` prints.
+"""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from megatron_steel.errors import SteelError
+from megatron_steel.planner import calibrate, fits, settings, traffic
+from megatron_steel.planner.disk import disk
+from megatron_steel.planner.hardware import Cluster
+from megatron_steel.planner.settings import Candidate
+from megatron_steel.planner.work import work_of
+from megatron_steel.recipe import Recipe
+
+_SECONDS_A_DAY = 86_400
+
+
+def plan(recipe: Recipe, name: str, cluster: Cluster, price: float | None = None) -> dict[str, Any]:
+    """Everything the plan says, as plain values: bytes, seconds, tokens.
+
+    Args:
+        name: of the recipe, for what its authors say.
+        price: of one GPU for one hour, in any currency.
+
+    Raises:
+        SteelError: a model that cannot be counted, a global batch that the ranks cannot share, or nothing fits (the
+            smallest change that would is named).
+    """
+    model = _model(recipe)
+    batch = recipe.train.global_batch_size
+    if batch % cluster.ranks:
+        fit = max((r for r in range(1, cluster.ranks) if batch % r == 0), default=1)
+        what = f"a global batch of {batch} samples cannot be shared evenly by {cluster.ranks} GPUs"
+        near = round(batch / cluster.ranks) or 1
+        raise SteelError(what, "train.global_batch_size",
+                         f"set train.global_batch_size={near * cluster.ranks}, or use {fit} GPUs")  # fmt: skip
+    may_checkpoint = _knows_checkpointing(model)
+    found = settings.ranked(model, cluster, batch, may_checkpoint)
+    if not found:
+        raise _nothing_fits(model, recipe, cluster, may_checkpoint)
+    tokens, steps = length(recipe)
+    own = _own(recipe, model, cluster)
+    best = found[0]
+    stage = int(settings.zero_section(best.file)["stage"])
+    return {
+        "recipe": name,
+        "cluster": {"gpus": str(cluster), "ranks": cluster.ranks, "nodes": cluster.nodes,
+                    "node_link": cluster.node_link if cluster.nodes > 1 else None, **asdict(cluster.gpu)},
+        "model": {"parameters": model.work.parameters, "gflops_per_token_hw": model.work.hw / 1e9,
+                  "gflops_per_token_six_n": model.work.six_n / 1e9, "head_share": model.work.head / model.work.hw,
+                  "sequence_length": model.work.sequence_length},
+        "run": {"tokens": tokens, "steps": steps, "global_batch_size": batch,
+                "tokens_per_step": batch * model.work.sequence_length},
+        "memory": _memory_table(model, recipe, cluster, may_checkpoint),
+        "settings": [_setting(c, model, cluster, tokens, price) for c in found],
+        "why": settings.why(best, found, cluster),
+        "recipe_as_it_is": own and {**_setting(own, model, cluster, tokens, price),
+                                    "fits": fits.fits(own.memory, cluster)},
+        "smallest_change": _change_of(recipe, own, model, cluster, may_checkpoint),
+        "communication": _communication(model, cluster, best),
+        "disk": asdict(disk(recipe, model.work.parameters, model.work.vocab_size, stage, steps, tokens)),
+        "claims": _claims(name, recipe, model),
+        "notes": _notes(cluster, best, model),
+    }  # fmt: skip
+
+
+def length(recipe: Recipe) -> tuple[int | None, int | None]:
+    """(tokens, steps) of the whole run; (None, None) where only the data can tell (train.epochs)."""
+    per_step = recipe.train.global_batch_size * recipe.data.sequence_length
+    if recipe.train.steps is not None:
+        return recipe.train.steps * per_step, recipe.train.steps
+    if recipe.train.tokens is not None:
+        steps = -(-recipe.train.tokens // per_step)
+        return steps * per_step, steps
+    return None, None
+
+
+def _model(recipe: Recipe) -> fits.Model:
+    from megatron_steel.model.build import build_config
+
+    config = build_config(recipe.model)
+    work = work_of(config, recipe.data.sequence_length, recipe.train.precision)
+    return fits.Model(config, work, recipe.train.precision)
+
+
+def _knows_checkpointing(model: fits.Model) -> bool:
+    import torch
+
+    from megatron_steel.model.build import construct
+
+    with torch.device("meta"):
+        return bool(construct(model.config, torch.float32).supports_gradient_checkpointing)
+
+
+def _own_file(recipe: Recipe) -> str | None:
+    name = recipe.deepspeed.config.rpartition("/")[2]
+    return name if name in (*settings.FILES, "zero0.json") else None
+
+
+def _own(recipe: Recipe, model: fits.Model, cluster: Cluster) -> Candidate | None:
+    """The recipe with its own micro-batch and file; None where the file is `auto` or not shipped, or it cannot be cut."""
+    file, micro = _own_file(recipe), recipe.train.micro_batch_size
+    if file is None or recipe.train.global_batch_size % (micro * cluster.ranks):
+        return None
+    checkpointing = recipe.train.activation_checkpointing
+    return settings.evaluate(model, file, cluster, checkpointing, micro, recipe.train.global_batch_size)
+
+
+def _change_of(
+    recipe: Recipe, own: Candidate | None, model: fits.Model, cluster: Cluster, may_checkpoint: bool
+) -> str | None:
+    """What the recipe must change to run here; None where it runs as it is."""
+    if own is None or fits.fits(own.memory, cluster):
+        return None
+    change = settings.smallest_change(
+        model, own.file, cluster, own.checkpointing, own.micro_batch, recipe.train.global_batch_size, may_checkpoint
+    )
+    return change.what if change else None
+
+
+def _nothing_fits(model: fits.Model, recipe: Recipe, cluster: Cluster, may_checkpoint: bool) -> SteelError:
+    need = settings.evaluate(
+        model, "zero3_offload.json", cluster, may_checkpoint, 1, recipe.train.global_batch_size
+    ).memory
+    what = (f"{model.work.parameters / 1e9:.2f}B parameters do not fit {cluster}: even ZeRO-3 with offload"
+            f"{', checkpointing' if may_checkpoint else ''} and one sample of {model.work.sequence_length} tokens needs "
+            f"{need.device / 1e9:.1f} GB of {fits.USABLE:.0%} x {cluster.gpu.memory_bytes / 1e9:.0f} GB")  # fmt: skip
+    change = settings.smallest_change(
+        model, "zero3_offload.json", cluster, True, 1, recipe.train.global_batch_size, may_checkpoint
+    )
+    if change:
+        return SteelError(what, "--gpus", f"smallest change that fits: {change.what}")
+    room = fits.USABLE * cluster.gpu.memory_bytes - need.states.device - need.head
+    per_token = need.activations / model.work.sequence_length
+    shorter = int(room / per_token) // 64 * 64 if room > 0 else 0
+    least = math.ceil(need.device / fits.USABLE / 1e9)
+    change_to = f"data.sequence_length={shorter}" if shorter else f"a GPU of {least} GB (or a smaller model)"
+    return SteelError(what, "--gpus", f"smallest change that fits: {change_to}")
+
+
+def _memory_table(model: fits.Model, recipe: Recipe, cluster: Cluster, may_checkpoint: bool) -> list[dict[str, Any]]:
+    """A line for each shipped file, states only; activations and head at the recipe's micro-batch beside them."""
+    micro = recipe.train.micro_batch_size
+    table = []
+    for file in ("zero0.json", *settings.FILES):
+        zero = settings.zero_section(file)
+        plain = fits.memory(model, zero, cluster, micro, False)
+        again = fits.memory(model, zero, cluster, micro, True).activations if may_checkpoint else None
+        table.append({
+            "file": file, "micro_batch": micro, **asdict(plain.states), "states": plain.states.device,
+            "head": plain.head, "activations": plain.activations, "activations_checkpointing": again,
+            "deepspeed_device": plain.deepspeed and plain.deepspeed.device,
+            "deepspeed_host": plain.deepspeed and plain.deepspeed.host,
+            "total": plain.device, "fits": fits.fits(plain, cluster),
+        })  # fmt: skip
+    return table
+
+
+def _setting(
+    c: Candidate, model: fits.Model, cluster: Cluster, tokens: int | None, price: float | None
+) -> dict[str, Any]:
+    seconds = tokens / c.tokens_per_second if tokens else None
+    hours = seconds * cluster.ranks / 3600 if seconds else None
+    per_gpu = c.tokens_per_second / cluster.ranks
+    return {
+        "file": c.file, "checkpointing": c.checkpointing, "micro_batch": c.micro_batch,
+        "micro_batches": c.micro_batches, "largest_micro_batch": c.largest_micro_batch, "overrides": c.overrides,
+        "memory": c.memory.device, "step_seconds": c.time.total, "communication_seconds": c.time.communication,
+        "exposed_seconds": c.time.exposed, "optimizer_seconds": c.time.optimizer,
+        "tokens_per_second": c.tokens_per_second, "tokens_per_second_per_gpu": per_gpu,
+        "mfu_hw": per_gpu * model.work.hw / cluster.gpu.peak,
+        "mfu_six_n": per_gpu * model.work.six_n / cluster.gpu.peak,
+        "days": seconds / _SECONDS_A_DAY if seconds else None, "gpu_hours": hours,
+        "cost": hours * price if hours is not None and price is not None else None,
+    }  # fmt: skip
+
+
+def _communication(model: fits.Model, cluster: Cluster, best: Candidate) -> list[dict[str, Any]]:
+    """Bytes that one rank sends in a step of the best setting's cut, for each scheme, and whether they hide."""
+    compute = best.time.compute / best.micro_batches
+    found = []
+    for scheme in (1, 2, 3):
+        sent = traffic.traffic(model.work.parameters, scheme, cluster.ranks)  # type: ignore[arg-type]
+        each, once = (traffic.seconds(b, cluster) for b in (sent.each_micro_batch, sent.once_a_step))
+        found.append({"stage": scheme, "bytes": sent.of_step(best.micro_batches),
+                      "seconds": best.micro_batches * each + once,
+                      "hides": each <= compute and once <= 2 / 3 * compute})  # fmt: skip
+    return found
+
+
+def _claims(name: str, recipe: Recipe, model: fits.Model) -> dict[str, Any] | None:
+    """What the recipe's authors say it took, beside this planner's figure for the recipe as it is on their machines."""
+    from megatron_steel.planner.hardware import parse_cluster
+
+    claims = calibrate.read()["claims"].get(name)
+    tokens, _ = length(recipe)
+    if claims is None or tokens is None:
+        return None
+    rows = []
+    for row in claims["rows"]:
+        cluster = parse_cluster(row["cluster"])
+        own = _own(recipe, model, cluster)
+        best = settings.ranked(model, cluster, recipe.train.global_batch_size)[0]
+        days = {"as_it_is": own, "best": best}
+        rows.append({**row, **{f"planned_days_{key}": c and tokens / c.tokens_per_second / _SECONDS_A_DAY
+                               for key, c in days.items()}})  # fmt: skip
+    return {"note": claims["note"], "rows": rows}
+
+
+def _notes(cluster: Cluster, best: Candidate, model: fits.Model) -> list[str]:
+    """What the figures do not rest on."""
+    notes = [f"{cluster.gpu.name}: {cluster.gpu.note}"] if cluster.gpu.note else []
+    if best.micro_batch * model.work.sequence_length < 16384:
+        notes.append(
+            "micro-batches below 16,384 tokens lie outside the published rows: host and launch time is not in it"
+        )
+    if cluster.nodes > 64:
+        notes.append("more than 64 nodes lie outside the published rows")
+    if "offload" in best.file:
+        notes.append("offload: PCIe at 32 GB/s and 200 GB/s of host memory are assumed, no published row has it")
+    if model.precision == "fp32":
+        notes.append("fp32: the time is that of bf16, which is too fast")
+    return notes

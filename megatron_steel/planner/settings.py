@@ -1,0 +1,177 @@
+"""The settings that a recipe could run with on a cluster, the fastest that fit first, and what would fit where none does.
+
+A setting is a file of `ds_configs/`, activation checkpointing and a micro-batch; the recipe's global batch stays. Stage
+0 is left out, as `deepspeed.config: auto` does: it adds gradients up in bf16.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_steel.planner import fits, speed
+from megatron_steel.planner.hardware import Cluster
+from megatron_steel.train.engine import config_folder
+
+FILES = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
+_FEWER_BYTES_FIRST = {"zero1.json": 0, "zero2.json": 1, "zero3.json": 2, "zero3_offload.json": 3}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting, what it needs and how fast it is."""
+
+    file: str
+    checkpointing: bool
+    micro_batch: int
+    micro_batches: int
+    largest_micro_batch: int
+    """That fits; `micro_batch` is the largest of these that cuts the global batch evenly."""
+    memory: fits.Memory
+    time: speed.StepTime
+    tokens_per_second: float
+    """Over all ranks."""
+
+    @property
+    def overrides(self) -> str:
+        return (f"deepspeed.config={self.file} train.micro_batch_size={self.micro_batch} "
+                f"train.activation_checkpointing={str(self.checkpointing).lower()}")  # fmt: skip
+
+
+def zero_section(file: str) -> dict[str, Any]:
+    """The sharding of a shipped DeepSpeed file."""
+    tree = json.loads((config_folder() / file).read_text(encoding="utf-8"))
+    section: dict[str, Any] = tree["zero_optimization"]
+    return section
+
+
+def evaluate(
+    model: fits.Model, file: str, cluster: Cluster, checkpointing: bool, micro_batch: int, global_batch: int,
+    largest: int | None = None,
+) -> Candidate:  # fmt: skip
+    """Memory and time of one setting, whether it fits or not. The global batch must be whole micro-batches."""
+    zero = zero_section(file)
+    offload = "offload_optimizer" in zero
+    count = global_batch // (micro_batch * cluster.ranks)
+    setting = speed.Setting(int(zero["stage"]), micro_batch, count, checkpointing, offload)  # type: ignore[arg-type]
+    if largest is None:
+        largest = fits.largest_micro_batch(model, zero, cluster, checkpointing, global_batch)
+    time = speed.step_time(model.work, setting, cluster)
+    tokens = global_batch * model.work.sequence_length
+    need = fits.memory(model, zero, cluster, micro_batch, checkpointing)
+    return Candidate(file, checkpointing, micro_batch, count, largest, need, time, tokens / time.total)
+
+
+def ranked(model: fits.Model, cluster: Cluster, global_batch: int, may_checkpoint: bool = True) -> list[Candidate]:
+    """Every file with and without checkpointing at its best micro-batch that fits, the fastest first.
+
+    Among settings within a hundredth of the fastest the one that shards least comes first: it communicates least and
+    its checkpoints are simplest. Offload comes after all others, since its speed is assumed and not fitted. Empty where
+    nothing fits.
+    """
+    found = []
+    cuts = divisors(global_batch, cluster.ranks)
+    for file in FILES:
+        for checkpointing in (False, True) if may_checkpoint else (False,):
+            zero = zero_section(file)
+            largest = fits.largest_micro_batch(model, zero, cluster, checkpointing, global_batch // cluster.ranks)
+            useful = [m for m in cuts if m <= largest]
+            if useful:
+                found.append(_fastest(model, file, cluster, checkpointing, useful, global_batch, largest))
+    if not found:
+        return []
+    best = max(c.tokens_per_second for c in found)
+
+    def order(c: Candidate) -> tuple[bool, bool, float, int]:
+        near = c.tokens_per_second >= 0.99 * best
+        least = _FEWER_BYTES_FIRST[c.file] + 10 * c.checkpointing
+        return "offload" in c.file, not near, 0.0 if near else -c.tokens_per_second, least
+
+    return sorted(found, key=order)
+
+
+def divisors(global_batch: int, ranks: int) -> list[int]:
+    """Micro-batches that cut the global batch evenly over the ranks, ascending."""
+    if global_batch % ranks:
+        return []
+    share = global_batch // ranks
+    return [m for m in range(1, share + 1) if share % m == 0]
+
+
+def why(candidate: Candidate, others: list[Candidate], cluster: Cluster) -> str:
+    """One sentence: what makes it the best."""
+    reasons = [f"{candidate.micro_batch} samples a pass fit" + (" with" if candidate.checkpointing else " without")
+               + " recomputing activations"]  # fmt: skip
+    if candidate.time.exposed < 0.01 * candidate.time.total:
+        reasons.append("communication hides" if cluster.ranks > 1 else "there is nothing to communicate")
+    else:
+        reasons.append(f"communication in the open is {candidate.time.exposed / candidate.time.total:.0%} of the step")
+    slower = [c for c in others if c is not candidate]
+    if slower:
+        ratio = candidate.tokens_per_second / slower[0].tokens_per_second - 1
+        reasons.append(f"the next ({slower[0].file}{', checkpointing' if slower[0].checkpointing else ''}) is "
+                       + (f"{ratio:.1%} slower" if ratio > 0.001 else "as fast, and shards more"))  # fmt: skip
+    return "; ".join(reasons)
+
+
+@dataclass(frozen=True)
+class Change:
+    """The smallest change after which a setting fits."""
+
+    what: str
+    candidate: Candidate
+    cluster: Cluster
+
+
+def smallest_change(
+    model: fits.Model, file: str, cluster: Cluster, checkpointing: bool, micro_batch: int, global_batch: int,
+    may_checkpoint: bool = True,
+) -> Change | None:  # fmt: skip
+    """In this order: a smaller micro-batch; checkpointing too; a higher stage; offload; more GPUs (up to 4,096).
+
+    None where not even that is enough.
+    """
+    tries = [(c, "train.activation_checkpointing=true" if c and not checkpointing else "")
+             for c in dict.fromkeys((checkpointing, checkpointing or may_checkpoint))]  # fmt: skip
+    later = FILES[FILES.index(file) :] if file in FILES else FILES
+    for try_file in (file, *(f for f in later if f != file)):
+        for try_checkpointing, words in tries:
+            change = _try(model, try_file, cluster, try_checkpointing, micro_batch, global_batch)
+            if change:
+                parts = [f"deepspeed.config={try_file}" if try_file != file else "", words]
+                parts.append(
+                    f"train.micro_batch_size={change.micro_batch}" if change.micro_batch != micro_batch else ""
+                )
+                return Change(" ".join(part for part in parts if part) or "nothing", change, cluster)
+    return _more_gpus(model, cluster, global_batch, may_checkpoint)
+
+
+def _try(
+    model: fits.Model, file: str, cluster: Cluster, checkpointing: bool, micro_batch: int, global_batch: int
+) -> Candidate | None:
+    zero: Mapping[str, Any] = zero_section(file)
+    largest = fits.largest_micro_batch(model, zero, cluster, checkpointing, micro_batch)
+    cuts = [m for m in divisors(global_batch, cluster.ranks) if m <= largest]
+    if not cuts:
+        return None
+    return evaluate(model, file, cluster, checkpointing, cuts[-1], global_batch, largest)
+
+
+def _more_gpus(model: fits.Model, cluster: Cluster, global_batch: int, may_checkpoint: bool) -> Change | None:
+    nodes = cluster.nodes
+    while nodes * cluster.gpus_per_node < 4096:
+        nodes *= 2
+        link = cluster.node_link if cluster.nodes > 1 else cluster.gpu.link * cluster.gpus_per_node
+        larger = replace(cluster, nodes=nodes, node_link=link)
+        found = ranked(model, larger, global_batch, may_checkpoint)
+        if found:
+            least = min(found, key=lambda c: _FEWER_BYTES_FIRST[c.file])
+            return Change(f"{larger.ranks} GPUs ({nodes} nodes) and {least.overrides}", least, larger)
+    return None
+
+
+def _fastest(
+    model: fits.Model, file: str, cluster: Cluster, checkpointing: bool, cuts: list[int], global_batch: int, most: int
+) -> Candidate:
+    tried = [evaluate(model, file, cluster, checkpointing, m, global_batch, most) for m in cuts[-3:]]
+    return max(tried, key=lambda c: c.tokens_per_second)
