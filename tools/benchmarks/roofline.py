@@ -38,6 +38,8 @@ class Shape:
     """FLOPs per token, attention without a mask."""
     attention: float
     """The part of `hw` that is attention."""
+    head: float
+    """The part of `hw` that is the language-model head."""
     weights: int
     layers: int
     hidden: int
@@ -82,21 +84,24 @@ def shape_of(name: str, config: object, length: int) -> Shape:
     if get("FFN_type", "") in ("softmoe_v2", "softmoe_v3"):
         inner = 0
     rotated = (heads + get("num_key_value_heads", heads)) * head_dim
-    return Shape(name, flops.hw, 2 * (flops.hw - flops.causal), parameters(config).total, get("num_hidden_layers"),
+    return Shape(name, flops.hw, 2 * (flops.hw - flops.causal), flops.head, parameters(config).total, get("num_hidden_layers"),
                  hidden, inner, rotated, get("vocab_size"))  # type: ignore[arg-type]  # fmt: skip
 
 
-def pieces(shape: Shape, device: Device, way: Way, tokens_per_step: int) -> dict[str, float]:
-    """Microseconds per token of each piece."""
+def pieces(
+    shape: Shape, device: Device, way: Way, tokens_per_step: int, checkpointing: bool = False
+) -> dict[str, float]:
+    """Microseconds per token of each piece; with activation checkpointing the layers' forward pass is done twice."""
+    again = 4 / 3 if checkpointing else 1.0
     memory = COPY_SHARE * device.bandwidth
     low, high = device.attention
     # Forward: two norms (read, write), two residual sums (two read, one written), rotation, and the activation of a gated
     # FFN (two read, one written). Backward: twice as much.
     values = 2 * 2 * shape.hidden + 2 * 3 * shape.hidden + 2 * shape.heads_width + 3 * shape.inner
     seconds = {
-        "products": (shape.hw - shape.attention) / (PRODUCT_SHARE * device.peak),
-        "attention": shape.attention / 2 / ((high if way.fast_attention else low) * device.peak),
-        "elementwise": way.elementwise * 3 * 2 * shape.layers * values / memory,
+        "products": ((shape.hw - shape.attention - shape.head) * again + shape.head) / (PRODUCT_SHARE * device.peak),
+        "attention": again * shape.attention / 2 / ((high if way.fast_attention else low) * device.peak),
+        "elementwise": again * way.elementwise * 3 * 2 * shape.layers * values / memory,
         "head": way.logit_bytes * shape.words / memory,
         "accumulation": ACCUMULATION_BYTES * shape.weights / memory / way.micro_tokens,
         "optimizer": OPTIMIZER_BYTES * shape.weights / memory / tokens_per_step,
@@ -104,8 +109,10 @@ def pieces(shape: Shape, device: Device, way: Way, tokens_per_step: int) -> dict
     return {name: 1e6 * value for name, value in seconds.items()}
 
 
-def tokens_per_second(shape: Shape, device: Device, way: Way, tokens_per_step: int) -> float:
-    return 1e6 / sum(pieces(shape, device, way, tokens_per_step).values())
+def tokens_per_second(
+    shape: Shape, device: Device, way: Way, tokens_per_step: int, checkpointing: bool = False
+) -> float:
+    return 1e6 / sum(pieces(shape, device, way, tokens_per_step, checkpointing).values())
 
 
 def share_of_peak(shape: Shape, device: Device, rate: float) -> float:

@@ -1,6 +1,6 @@
 """The head by itself on a CPU: whole logits, chunks, Liger's. Time and peak memory, forward and backward.
 
-    python tools/benchmarks/cpu/head_variants.py --json docs/benchmarks/cpu/head_variants.json
+    python tools/benchmarks/cpu/head_variants.py --out docs/benchmarks/cpu/head_variants
 
 Each variant runs in a process of its own, whose peak resident memory, less what it held before the head ran, is its memory. All
 get the same numbers, and their losses are compared before anything is reported. On a CPU the three tell how much memory they
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -42,7 +42,7 @@ def main() -> None:
     tolerance = 1e-5 if options.dtype == "fp32" else 1e-3
     assert max(losses) - min(losses) <= tolerance * abs(min(losses)), f"the losses differ: {losses}"
     text = report(found) + (f"\n\nLiger: not run: {reason}." if reason else "")
-    write(options.json, "head_variants", SIZES | {"dtype": options.dtype}, found, text)
+    write(options.out, "head_variants", SIZES | {"dtype": options.dtype}, found, text)
 
 
 def report(found: dict[str, list[Measured]]) -> str:

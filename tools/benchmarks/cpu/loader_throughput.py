@@ -1,6 +1,6 @@
 """Samples a second out of the loader, beside torch's DataLoader over a memory-mapped file and over HF datasets (arrow).
 
-    python tools/benchmarks/cpu/loader_throughput.py --json docs/benchmarks/cpu/loader_throughput.json
+    python tools/benchmarks/cpu/loader_throughput.py --out docs/benchmarks/cpu/loader_throughput
 
 All give shuffled micro-batches of `input_ids` and `labels`, int64, from warm files. Ours blends and can resume at any step; it
 reads the next step in a thread of its own, so here, where nothing trains, it is measured as fast as that thread is. Each
@@ -37,14 +37,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help=f"of {BATCH} samples")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         ways = prepared(Path(name), options.steps)
         found = alternate({way: lambda t=take: timed(t, options.steps) for way, take in ways.items()}, options.rounds)
     setting = {"length": LENGTH, "micro_batch": MICRO, "batch": BATCH, "steps": options.steps}
-    write(options.json, "loader_throughput", setting, found, report(found))
+    write(options.out, "loader_throughput", setting, found, report(found))
 
 
 def report(found: dict[str, list[Measured]]) -> str:

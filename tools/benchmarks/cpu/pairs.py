@@ -1,5 +1,6 @@
 """Alternating measurements: medians, ratios within a round, one JSON file and one Markdown table. Knows no benchmark."""
 
+import datetime
 import json
 import os
 import platform
@@ -38,14 +39,21 @@ def ratio_text(rows: list[Measured], others: list[Measured], key: str) -> str:
     return "{:.3f} ({:.3f} to {:.3f})".format(*ratio(rows, others, key))
 
 
-def write(file: Path | None, benchmark: str, setting: dict[str, Any], found: dict[str, Any], text: str) -> None:
-    """Print the table; with a file also write it there as Markdown, and everything as JSON beside it."""
+def write(stem: Path | None, benchmark: str, setting: dict[str, Any], found: dict[str, Any], text: str) -> None:
+    """Print the table; with a `stem` also write STEM.md, and every figure to STEM.json."""
     print(f"\n{text}")
-    if file is None:
+    if stem is None:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"benchmark": benchmark, **machine(), "setting": setting, "rounds": found, "table": text}
-    file.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"benchmark": benchmark, **machine(), "setting": setting, "rounds": found}
+    stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    rounds = len(next(iter(found.values())))
+    head = (
+        f"# {benchmark}\n\nMedians of {rounds} rounds (ratios within a round: median, least, largest), {facts['cores']} cores of "
+        f"{facts['cpu']}, load {facts['load']:.1f} at the end, {facts['date']}; {versions}; commit {facts['commit']}."
+    )
+    stem.with_suffix(".md").write_text(f"{head}\n\n{text}\n", encoding="utf-8")
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -61,7 +69,8 @@ def machine() -> dict[str, Any]:
         "commit": done.stdout.strip() or None,
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
+        "load": os.getloadavg()[0],
+        "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
     }
 

@@ -1,6 +1,6 @@
 """From the command to the end of the first step: ours beside a script around HF Trainer + DeepSpeed, same model, same tokens.
 
-    python tools/benchmarks/cpu/start_up.py --json docs/benchmarks/cpu/start_up.json
+    python tools/benchmarks/cpu/start_up.py --out docs/benchmarks/cpu/start_up
 
 Ours checks data, tokenizer and recipe, takes the run folder, audits the model for causality and opens TensorBoard before step 1;
 the script does none of that. Interpreter start and imports are in both figures. Files are in the page cache after round one,
@@ -32,7 +32,7 @@ DEEPSPEED = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -40,7 +40,7 @@ def main() -> None:
         script_files(folder)
         ways = {"ours": lambda: ours(recipe, folder), "trainer": lambda: trainer(folder)}
         found = {way: rows[1:] for way, rows in alternate(ways, options.rounds + 1).items()}
-    write(options.json, "start_up", {"recipe": step_overhead.RECIPE, "ranks": 1}, found, report(found))
+    write(options.out, "start_up", {"recipe": step_overhead.RECIPE, "ranks": 1}, found, report(found))
 
 
 def report(found: dict[str, list[Measured]]) -> str:

@@ -1,7 +1,7 @@
 """What the framework costs a step: our pretrain loop beside a raw DeepSpeed loop and HF Trainer + DeepSpeed.
 
-    python tools/benchmarks/cpu/step_overhead.py --ranks 1 --json docs/benchmarks/cpu/step_overhead_1.json
-    python tools/benchmarks/cpu/step_overhead.py --ranks 2 --json docs/benchmarks/cpu/step_overhead_2.json
+    python tools/benchmarks/cpu/step_overhead.py --ranks 1 --out docs/benchmarks/cpu/step_overhead_1
+    python tools/benchmarks/cpu/step_overhead.py --ranks 2 --out docs/benchmarks/cpu/step_overhead_2
 
 The three run the same model, engine configuration and micro-batches (`one_run.py`), each in fresh processes, alternating. The
 first steps warm up. CPU time is rank 0's, all threads: on a machine that others use too it is the truer of the two.
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=35, help=f"of which {WARM_UP} warm up")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--sharding", default="zero1.json")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_file(Path(folder), options.sharding)
@@ -60,7 +60,7 @@ def main() -> None:
         found = alternate(ways, options.rounds)
     setting = {"ranks": options.ranks, "steps": options.steps, "warm_up": WARM_UP, "recipe": RECIPE,
                "sharding": options.sharding}  # fmt: skip
-    write(options.json, "step_overhead", setting, found, report(found))
+    write(options.out, "step_overhead", setting, found, report(found))
 
 
 def report(found: dict[str, list[Measured]]) -> str:

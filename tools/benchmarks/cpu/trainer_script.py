@@ -1,6 +1,6 @@
 """The script one writes for transformers' Trainer with DeepSpeed: nothing of this project is imported.
 
-    trainer_script.py FOLDER OUT.json BEGAN STEPS        FOLDER: config.json, tokens.bin (uint16), deepspeed.json
+trainer_script.py FOLDER OUT.json BEGAN STEPS        FOLDER: config.json, tokens.bin (uint16), deepspeed.json
 """
 
 import json
