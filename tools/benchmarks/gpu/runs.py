@@ -23,7 +23,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    loss: torch.Tensor
+    loss: Any
     """Mean per token, a scalar that may still be on the device."""
     grad_norm: float | None
 
@@ -80,7 +80,8 @@ class Ours:
         self._job.step += 1
         self._job.next_batches = lambda: batches
         done = loop.train_step(self._job)
-        return Step(done.loss, done.grad_norm)
+        summed = getattr(done, "loss_sum", None)  # still on the device, where the loop does not fetch the loss
+        return Step(done.loss if summed is None else summed / done.tokens, done.grad_norm)
 
     def grad_norm(self, done: Step) -> float:
         return done.grad_norm if done.grad_norm is not None else float(self.engine.get_global_grad_norm())
