@@ -59,7 +59,10 @@ def ours(recipe: Path, folder: Path) -> Measured:
 def trainer(folder: Path) -> Measured:
     out = folder / "trainer.json"
     command = [sys.executable, str(HERE / "trainer_script.py"), str(folder / "script"), str(out), str(time.time()), "1"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    # What a launcher would set; ours needs none for one rank.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone |= {"MASTER_PORT": str(step_overhead.free_port()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | alone)
     shutil.rmtree(out.with_suffix(".run"), ignore_errors=True)
     if done.returncode:
         raise RuntimeError(f"the script ended with {done.returncode}:\n{done.stderr[-3000:]}")

@@ -86,7 +86,7 @@ def run(way: str, recipe: Path, out: Path, steps: int, ranks: int) -> dict:
     """What `one_run.py` noted. Raises RuntimeError with the end of what it said."""
     command = [str(HERE / "one_run.py"), way, str(recipe), str(out), str(time.time()), str(steps)]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    start = [sys.executable] if ranks == 1 else [deepspeed, "--num_gpus", str(ranks), "--master_port", str(_port())]
+    start = [sys.executable] if ranks == 1 else [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port())]
     done = subprocess.run([*start, *command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     shutil.rmtree(out.with_suffix(".run"), ignore_errors=True)
     if done.returncode or not out.is_file():
@@ -107,7 +107,7 @@ def recipe_file(folder: Path, sharding: str) -> Path:
     return file
 
 
-def _port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -49,6 +49,8 @@ def measure(task: dict[str, Any], device: torch.device) -> None:
                 return
             best, size = rate, 2 * size
     except (torch.OutOfMemoryError, TrainingError) as error:
+        if "out of memory" not in str(error).lower():
+            raise
         lines.say("out of memory", micro_batch=size, reason=str(error)[:200])
 
 
@@ -84,7 +86,7 @@ def _one_size(recipe: Recipe, run: Any, size: int, samples: int, device: torch.d
     while len(seconds) < (3 if toy else STEPS) and (len(seconds) < 3 or time.perf_counter() - begin < SECONDS):
         seconds.append(timed(lambda: run.step(batches), device))
     sharding = None if isinstance(run, peers.HandWritten) else recipe.deepspeed.config
-    return _say(recipe, size, seconds, device, kernel=run.kernel, sharding=sharding, first_loss=losses[0])
+    return _say(recipe, size, seconds, device, kernel=run.kernel, sharding=sharding, warm_up_loss=losses[0])
 
 
 def _trainer(recipe: Recipe, device: torch.device, toy: bool) -> None:
@@ -92,7 +94,7 @@ def _trainer(recipe: Recipe, device: torch.device, toy: bool) -> None:
     model, batches = runs.initial_model(recipe, device), runs.synthetic(recipe, size, samples // size)
     limits = (3, 0.0) if toy else (STEPS, SECONDS)
     seconds, loss = peers.trainer_steps(recipe, model, device, batches, WARM_UP, *limits)
-    _say(recipe, size, seconds, device, kernel="torch", sharding=recipe.deepspeed.config, first_loss=loss)
+    _say(recipe, size, seconds, device, kernel="torch", sharding=recipe.deepspeed.config, warm_up_loss=loss)
 
 
 def _say(recipe: Recipe, size: int, seconds: list[float], device: torch.device, **more: Any) -> float:
