@@ -137,6 +137,28 @@ def test_a_part_whose_time_is_over_leaves_the_rest_for_the_next_call(on_a_gpu):
     assert not one.store.rows("gaps")
 
 
+def test_what_was_cut_off_is_measured_again_and_what_died_is_not(on_a_gpu, monkeypatch):
+    from gpu import parts
+
+    asked = []
+
+    def answer(task):
+        asked.append(task["task"])
+        if task["task"] == "ceilings":
+            return [], "exit code -11"
+        return [_speed_row(8)], "stopped after 150 s" if len(asked) == 2 else ""
+
+    one = on_a_gpu(answer)
+    monkeypatch.setattr(parts.Suite, "cut_off", lambda self: len(asked) == 2)
+    parts.throughput(one, ["zh-1b"])
+    assert [r["key"] for r in one.store.rows("throughput", cut_off=True)] == ["zh-1b / ours auto"]
+    assert [g["key"] for g in one.store.rows("gaps")] == ["ceilings"]
+    before = len(asked)
+    parts.throughput(one, ["zh-1b"])
+    assert asked[before:] == ["measure"]
+    assert not one.store.rows("throughput", cut_off=True)
+
+
 def test_a_failed_check_is_exit_code_1_and_what_is_left_75(suite, monkeypatch, tmp_path):
     check = {"name": "a", "status": "pass", "measured": 0.0, "tolerance": 1.0, "reason": ""}
 

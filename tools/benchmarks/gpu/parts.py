@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu import asked, report, sizes, ways
 from gpu.ask import ask
-from gpu.store import Store
+from gpu.store import Store, code_digest
 
 Row = dict[str, Any]
 LEAST_SECONDS = 40
@@ -75,6 +75,8 @@ def build_apex(suite: Suite, checkout: Path | None) -> None:
         built = [r for r in rows if r["kind"] == "apex"]
         suite.paths = built[0]["paths"] if built else []
         reason = built[0]["reason"] if built else problem
+        if suite.paths:
+            suite.store.code = code_digest(str(checkout.absolute()))
     if reason:
         print(f"apex: not run: {reason}")
     suite.store.facts({"apex": f"not run: {reason}" if reason else f"built from {checkout}"})
@@ -96,8 +98,6 @@ def correctness(suite: Suite) -> None:
                            "tolerance": None, "reason": problem})  # fmt: skip
         for check in checks:
             print(f"  {report.check_line(check)}")
-            # A missing part may be there the next time; whatever was compared need not be compared again.
-            check["try_again"] = check["status"] == "not run" and not suite.toy
         suite.store.put("checks", group, checks)
 
 
@@ -159,7 +159,7 @@ def measure(suite: Suite, key: str, task: Row, size: int, doubling: bool = True)
         if refused:
             suite.store.gap(key, refused[0])
             return found
-        found += done
+        found += [row | {"cut_off": True} for row in done] if problem and suite.cut_off() else done
         full = any(r["kind"] == "out of memory" for r in rows)
         if done and alone and doubling and not problem and _worth_doubling(suite, found):
             size *= 2
@@ -168,7 +168,7 @@ def measure(suite: Suite, key: str, task: Row, size: int, doubling: bool = True)
         elif full:
             size //= 2
         else:
-            if not suite.cut_off():
+            if not (problem and suite.cut_off()):
                 suite.store.gap(key, problem or "no answer")
             return found
     suite.store.gap(key, "out of memory at one sample")
@@ -211,6 +211,10 @@ def _once(suite: Suite, table: str, key: str, task: Row, kind: str, **more: Any)
 
 
 def _shipped(suite: Suite, names: list[str]) -> list[str]:
-    for name in sizes.missing_recipes(names):
-        suite.store.gap(name, "this tree ships no such recipe")
-    return [name for name in names if name not in sizes.missing_recipes(names)]
+    missing = sizes.missing_recipes(names)
+    for name in names:
+        if name in missing:
+            suite.store.gap(name, "this tree ships no such recipe")
+        else:
+            suite.store.close(name)
+    return [name for name in names if name not in missing]

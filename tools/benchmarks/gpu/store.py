@@ -1,12 +1,13 @@
 """What is known so far: `results.json`, and the Markdown made of it, written anew after every measurement.
 
-A row has a `key` (what was measured) and a `code` (a digest of the code that was measured: the same files give the same
-digest, committed or not, with git or without). A row of this code is not measured again, so that a part that was cut off
-goes on where it stood; one of other code is replaced. What could not run for want of a part is tried again each time.
+A row has a `key` (what was measured) and a `code`: a digest of the code that was measured and of the packages that shape the
+numbers. The same files give the same digest, committed or not, with git or without. What this code has measured, or could not,
+is not tried again, so that a part that was cut off goes on where it stood; a row of other code is replaced.
 """
 
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from gpu import report
 
 ROOT = Path(__file__).resolve().parents[3]
 MEASURED_CODE = ("megatron_steel", "ds_configs", "tools/benchmarks/gpu")
+PACKAGES = ("torch", "triton", "deepspeed", "transformers", "accelerate", "liger-kernel", "flash-attn", "apex")
 TABLES = ("checks", "ceilings", "throughput", "heads", "ablation", "profiles", "gaps")
 Row = dict[str, Any]
 
@@ -41,11 +43,11 @@ class Store:
         self._fresh: set[str] = set()
 
     def knows(self, table: str, key: str) -> bool:
-        """True where this code has been measured: in an earlier call, or in this one."""
+        """True where this code has been measured, or has failed to be: in an earlier call, or in this one."""
         if self._again and key not in self._fresh:
             return False
-        mine = [r for r in self.results[table] if r["key"] == key and r["code"] == self.code]
-        return bool(mine) and not any(r.get("try_again") for r in mine)
+        mine = [r for r in (*self.results[table], *self.results["gaps"]) if (r["key"], r["code"]) == (key, self.code)]
+        return bool(mine) and not any(r.get("cut_off") for r in mine)
 
     def put(self, table: str, key: str, rows: list[Row]) -> None:
         """Replace what is known under a key, and write."""
@@ -53,14 +55,20 @@ class Store:
         own = {"key": key, "code": self.code, "commit": facts["commit"], "date": facts["date"]}
         self._fresh.add(key)
         self.results[table] = [r for r in self.results[table] if r["key"] != key] + [row | own for row in rows]
-        self.results["gaps"] = [g for g in self.results["gaps"] if g["key"] != key]
+        self.close(key)
         self.write()
 
     def gap(self, key: str, reason: str) -> None:
         """Say why something was not measured; forgotten as soon as it is."""
         print(f"  not run: {key}: {reason}")
-        self.results["gaps"] = [g for g in self.results["gaps"] if g["key"] != key] + [{"key": key, "reason": reason}]
+        self._fresh.add(key)
+        self.close(key)
+        self.results["gaps"].append({"key": key, "code": self.code, "reason": reason})
         self.write()
+
+    def close(self, key: str) -> None:
+        """Forget that something was not measured."""
+        self.results["gaps"] = [g for g in self.results["gaps"] if g["key"] != key]
 
     def note(self, text: str) -> None:
         if text not in self.results["notes"]:
@@ -81,14 +89,22 @@ class Store:
             os.replace(aside, self.out / name)
 
 
-def code_digest() -> str:
-    """Twelve hex digits of the files that a measurement depends on."""
-    digest = hashlib.sha256()
+def code_digest(apex: str = "") -> str:
+    """Twelve hex digits of the files and packages that a measurement depends on, and of the apex that was built for it."""
+    versions = {name: _version(name) for name in PACKAGES}
+    digest = hashlib.sha256(json.dumps([apex, versions]).encode())
     for folder in MEASURED_CODE:
         for file in sorted((ROOT / folder).rglob("*")):
             if file.suffix in (".py", ".yaml", ".json"):
                 digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> Row:
