@@ -24,7 +24,7 @@ def answer(task: dict[str, Any]) -> int:
     try:
         _answer(task, device)
     except SteelError as error:
-        lines.say("cannot run", reason=str(error).replace("\n", " "))
+        lines.say("cannot run", reason=" ".join(str(error).split()))
     return 0
 
 

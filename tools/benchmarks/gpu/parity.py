@@ -123,7 +123,7 @@ def _why_missing(kernel: str, device: torch.device, build_deepspeed: bool) -> st
     try:
         optimizer.choose(kernel, device.type, offload=False)
     except SteelError as error:
-        return str(error).replace("\n", " ")
+        return " ".join(str(error).split())
     return ""
 
 

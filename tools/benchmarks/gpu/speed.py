@@ -19,7 +19,7 @@ from megatron_steel.model.flops import flops_per_token, parameters, peak_flops
 from megatron_steel.recipe import Recipe
 from megatron_steel.train.loop import memory_gib
 
-WARM_UP, STEPS = 1, 8
+WARM_UP, STEPS = 2, 8
 SECONDS = 8.0
 """No further step is begun after this time, once three are timed."""
 NO_FASTER = 1.01

@@ -117,7 +117,7 @@ def _piece(
         recipe = sizes.parity_recipe(name, toy, [*settings("bf16", "zero1.json"), *chosen])
         got = trace(runs.Ours(recipe, same_start(recipe), device), recipe, batches)
     except SteelError as error:  # asked for by name, and it cannot run here: it says what is missing
-        yield Check(label, "not run", None, None, str(error).replace("\n", " "))
+        yield Check(label, "not run", None, None, " ".join(str(error).split()))
     except Exception as error:
         yield failed(label, error)
     else:
