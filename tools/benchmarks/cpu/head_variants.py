@@ -75,7 +75,12 @@ def measure(way: str, dtype: str) -> Measured:
         value = loss()
         torch.autograd.grad(value, [hidden, linear.weight])
         seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": _peak_mb() - before, "loss": float(value.detach())}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_mb": _peak_mb() - before,
+        "loss": float(value.detach()),
+    }
 
 
 def _inputs(dtype: str):
