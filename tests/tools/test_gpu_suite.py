@@ -25,7 +25,7 @@ def toy(tmp_path_factory):
 
     out = tmp_path_factory.mktemp("suite")
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--toy", "--part", "all", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "apex: not run" in done.stdout
     return out
