@@ -45,11 +45,12 @@ def test_fused_adam_equals_plain_adam(parity, device, kernel):
 
 def test_a_step_at_every_stage_equals_plain_torch(tmp_path):
     """In a process of its own, as DeepSpeed wants it: the suite's part, whole."""
-    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--parity", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--part", "correctness", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["facts"]["device"] != "cpu"
     steps = [c for c in results["checks"] if c["name"].startswith("step ")]
     assert len(steps) == 2 * 6 * 3
     assert {c["status"] for c in steps} == {"pass"}
+    assert {c["status"] for c in results["checks"]} <= {"pass", "not run", "peer"}

@@ -1,69 +1,43 @@
-"""Equal to its plain twin, on this device: the chunked head, the optimizer kernels, a step at every ZeRO stage.
+"""Equal to its plain twin, on this device, outside of any model: the chunked head, the optimizer kernels, Liger's pieces.
 
-Every check is one number beside its tolerance. A check that raises has failed; one whose part is not installed did not
-run, with the reason; neither passes. Knows nothing of speed.
+Knows nothing of speed.
 """
 
-import contextlib
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpu import runs, sizes
+from gpu.checks import Check, compare, guarded, relative
 from megatron_steel.errors import SteelError
-from megatron_steel.model import build
 from megatron_steel.model.head import ChunkedHead
-from megatron_steel.recipe import Optim, Recipe
+from megatron_steel.recipe import Optim
 from megatron_steel.train import optimizer
 
-STEPS = 6
 # Relative (Frobenius) errors. In bf16 one rounding is 2^-9 = 0.002; products of such numbers are a few times worse.
 HEAD_TOLERANCE = {"fp32": {"loss": 1e-6, "gradient": 1e-5}, "bf16": {"loss": 1e-3, "gradient": 1e-2}}
 ADAM_TOLERANCE = 1e-5  # absolute, of weights near 1 after 100 steps
-# Loss: absolute. Norm: relative. Update: Frobenius of the difference of (weights - first weights), relative.
-STEP_TOLERANCE = {
-    "fp32": {"loss": 1e-5, "gradient norm": 1e-4, "update": 1e-3},
-    "bf16": {"loss": 5e-3, "gradient norm": 2e-2, "update": 0.2},
-}
 
 
-@dataclass(frozen=True)
-class Check:
-    name: str
-    status: str
-    """pass, fail, not run, or peer: another project's figure, which decides nothing here"""
-    measured: float | None
-    tolerance: float | None
-    reason: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def compare(name: str, measured: float, tolerance: float) -> Check:
-    """Pass where measured <= tolerance; a NaN fails."""
-    return Check(name, "pass" if measured <= tolerance else "fail", measured, tolerance)
-
-
-def all_checks(device: torch.device, toy: bool, build_deepspeed: bool) -> Iterator[Check]:
-    """Every check, as it is done; none raises. Needs `dist.start`."""
-    # TF32 would round the twins' products to ten bits.
-    torch.set_float32_matmul_precision("highest")
+def heads(device: torch.device, toy: bool) -> Iterator[Check]:
     for precision in ("fp32", "bf16"):
         for shape in head_shapes(toy):
-            yield from _guarded(f"head {precision} {shape}", head, device, precision, shape)
+            yield from guarded(f"head {precision} {shape}", head, device, precision, shape)
+
+
+def adams(device: torch.device, build_deepspeed: bool) -> Iterator[Check]:
     for kernel in ("torch", "deepspeed", "apex"):
-        yield from _guarded(f"AdamW by {kernel}", adam, device, kernel, build_deepspeed)
+        yield from guarded(f"AdamW by {kernel}", adam, device, kernel, build_deepspeed)
+
+
+def ligers(device: torch.device) -> Iterator[Check]:
     for piece in ("head", "RMSNorm", "SwiGLU"):
-        for check in _guarded(f"liger {piece}", liger, device, piece):
+        for check in guarded(f"liger {piece}", liger, device, piece):
             yield check if check.status == "not run" else replace(check, status="peer")
-    for name in ("tiny", "zh-1b"):
-        yield from _guarded(f"step {name}", steps, device, name, toy)
 
 
 def head_shapes(toy: bool) -> list[tuple[int, int, int, int]]:
@@ -149,7 +123,7 @@ def _why_missing(kernel: str, device: torch.device, build_deepspeed: bool) -> st
     try:
         optimizer.choose(kernel, device.type, offload=False)
     except SteelError as error:
-        return str(error).replace("\n", " ")
+        return " ".join(str(error).split())
     return ""
 
 
@@ -188,84 +162,3 @@ def liger(device: torch.device, piece: str) -> Iterator[Check]:
     theirs, ours = torch.autograd.grad(got, [mine, other], up), torch.autograd.grad(plain, [h, o], up.float())
     for number, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         yield compare(f"{name}: gradient {number}", relative(a, b), tolerance)
-
-
-def steps(device: torch.device, name: str, toy: bool) -> Iterator[Check]:
-    """`STEPS` optimizer steps at every stage against plain torch in fp32: losses, gradient norms, what weights did."""
-    fp32 = sizes.parity_recipe(name, toy, _batch("fp32", "zero0.json"))
-    batches = [runs.synthetic(fp32, 2, 2, seed) for seed in range(STEPS)]
-    twin = _trace(runs.Plain(fp32, _same_start(fp32).to(device), device, fused=False), fp32, batches)
-    for precision, files in (("fp32", ("zero0", "zero1", "zero2", "zero3")), ("bf16", ("zero1", "zero3"))):
-        for file in files:
-            label = f"step {name} {file} {precision} against plain fp32"
-            recipe = sizes.parity_recipe(name, toy, _batch(precision, f"{file}.json"))
-            try:
-                trace = _trace(runs.Ours(recipe, _same_start(recipe), device), recipe, batches)
-            except Exception as error:
-                yield _failed(label, error)
-                continue
-            yield from _step_checks(label, STEP_TOLERANCE[precision], trace, twin)
-
-
-@dataclass(frozen=True)
-class _Trace:
-    losses: list[float]
-    norms: list[float]
-    update: torch.Tensor
-    """All weights after the last step minus before the first, flat, in fp32 on the CPU."""
-
-
-def _trace(run: Any, recipe: Recipe, batches: list[list[runs.Batch]]) -> _Trace:
-    losses, norms = [], []
-    for batch in batches:
-        done = run.exact_step(batch) if isinstance(run, runs.Plain) else run.step(batch)
-        losses.append(float(done.loss))
-        norms.append(run.grad_norm(done))
-    first = torch.cat([p.detach().flatten() for p in _same_start(recipe).parameters()])
-    return _Trace(losses, norms, _weights(run) - first)
-
-
-def _step_checks(label: str, tolerance: dict[str, float], got: _Trace, plain: _Trace) -> Iterator[Check]:
-    loss = max(abs(a - b) for a, b in zip(got.losses, plain.losses, strict=True))
-    norm = max(abs(a / b - 1) for a, b in zip(got.norms, plain.norms, strict=True))
-    yield compare(f"{label}: loss", loss, tolerance["loss"])
-    yield compare(f"{label}: gradient norm", norm, tolerance["gradient norm"])
-    yield compare(f"{label}: update", relative(got.update, plain.update), tolerance["update"])
-
-
-def _same_start(recipe: Recipe) -> Any:
-    return build.build_model(build.build_config(recipe.model), recipe.run.seed)
-
-
-def _batch(precision: str, file: str) -> list[str]:
-    batch = ["train.global_batch_size=4", "train.micro_batch_size=2"]
-    return [*batch, f"train.precision={precision}", f"deepspeed.config={file}"]
-
-
-def _weights(run: Any) -> torch.Tensor:
-    if isinstance(run, runs.Plain) or not run.engine.zero_optimization():
-        model = run.model if isinstance(run, runs.Plain) else run.engine.module
-        return torch.cat([p.detach().float().flatten().cpu() for p in model.parameters()])
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return torch.cat([safe_get_full_fp32_param(p).float().flatten().cpu() for p in run.engine.module.parameters()])
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of the twin `b`."""
-    a, b = a.detach().float(), b.detach().float()
-    return float((a - b).norm() / b.norm())
-
-
-def _guarded(name: str, check: Callable[..., Iterator[Check]], *arguments: Any) -> Iterator[Check]:
-    try:
-        yield from check(*arguments)
-    except Exception as error:
-        yield _failed(name, error)
-    finally:
-        with contextlib.suppress(Exception):
-            torch.cuda.empty_cache()
-
-
-def _failed(name: str, error: Exception) -> Check:
-    return Check(name, "fail", None, None, f"{type(error).__name__}: {str(error)[:300]}")

@@ -1,9 +1,10 @@
 """The suite's results as Markdown, and the facts of the machine that they belong to. Measures nothing."""
 
 import importlib.metadata
-import statistics
 from collections.abc import Iterable
 from typing import Any
+
+from gpu import asked
 
 Row = dict[str, Any]
 
@@ -14,7 +15,7 @@ def device_facts(device: Any) -> Row:
 
     import torch
 
-    names = ("torch", "deepspeed", "transformers", "numpy", "liger_kernel")
+    names = ("torch", "deepspeed", "transformers", "accelerate", "liger_kernel", "flash_attn", "numpy")
     versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in names:
         try:
@@ -37,41 +38,23 @@ def with_shares(row: Row) -> Row:
 
 
 def check_line(check: Row) -> str:
-    figure = "" if check["measured"] is None else f" {check['measured']:.2g} (tolerance {check['tolerance']:.0e})"
+    figure = "" if check["measured"] is None else f" {check['measured']:.2g}"
+    figure += "" if check["tolerance"] is None else f" (tolerance {check['tolerance']:.0e})"
     return f"{check['status']:7} {check['name']}{figure}{': ' + check['reason'] if check['reason'] else ''}"
-
-
-def summary(rows: list[Row]) -> list[Row]:
-    """One row a recipe and implementation: the median over all timed steps of all rounds, and the ratio to plain."""
-    merged: list[Row] = []
-    for key in dict.fromkeys((r["recipe"], r["way"], r["micro_batch"]) for r in rows):
-        same = [r for r in rows if (r["recipe"], r["way"], r["micro_batch"]) == key]
-        seconds = [s for r in same for s in r["step_seconds"]]
-        rate = same[0]["tokens_per_step"] / statistics.median(seconds)
-        one = with_shares(same[0] | {"tokens_per_second": rate, "step_seconds": seconds})
-        merged.append(one | {"rounds": len(same), "memory_gib": max(r["memory_gib"] for r in same)})
-    plain = {r["recipe"]: r["tokens_per_second"] for r in merged if r["peer"]}
-    return [
-        r | {"ratio": r["tokens_per_second"] / plain[r["recipe"]] if r["recipe"] in plain else None} for r in merged
-    ]
 
 
 def markdown(results: Row) -> str:
     """The whole report."""
     parts = [_heading(results["facts"])]
-    if results["throughput"]:
-        parts.append(_throughput(summary(results["throughput"])))
-    if results["probes"]:
-        parts.append(_probes(results["probes"]))
-    if results["heads"]:
-        parts.append(_heads(results["heads"]))
-    if results["checks"]:
-        parts.append(_checks(results["checks"]))
+    for table, section in (("ceilings", _ceilings), ("throughput", _asked), ("throughput", _throughput),
+                           ("ablation", _ablation), ("heads", _heads), ("checks", _checks), ("gaps", _gaps)):  # fmt: skip
+        if results[table]:
+            parts.append(section(results[table]))
     if results["notes"]:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in results["notes"]))
-    for profile in results["profiles"]:
-        title = f"## Profile: {profile['recipe']}, one micro-batch of {profile['micro_batch']} with its optimizer step"
-        parts.append(f"{title}\n\n```\n{profile['table']}\n```")
+    for row in results["profiles"]:
+        title = f"## Profile: {row['recipe']}, one micro-batch of {row['micro_batch']} with its optimizer step"
+        parts.append(f"{title}\n\n```\n{row['table']}\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -82,45 +65,59 @@ def _heading(facts: Row) -> str:
     toy = "\n\n**Toy sizes: these figures show that the suite runs, and nothing about speed.**" if facts["toy"] else ""
     return (
         f"# {facts.get('device', 'unknown device')}{memory}, {facts['date']}\n\n"
-        f"Driver {facts['driver'] or 'none'}; {versions}; commit {commit}. Made by `tools/benchmarks/gpu_suite.py`; "
-        f"raw step times are in `results.json`.{toy}"
+        f"Driver {facts['driver'] or 'none'}; {versions}; apex {facts.get('apex', 'not run')}; commit {commit} (each row "
+        f"of `results.json` has its own). Made by `tools/benchmarks/gpu_suite.py`; raw step times are in `results.json`.{toy}"
     )
+
+
+def _ceilings(rows: list[Row]) -> str:
+    cells = ([r["what"], f"{r['size']:,}", f"{r['per_second']:.4g} {r['unit']}"] for r in rows)
+    text = "## Ceilings\n\nThe best of five runs: a product of two square bf16 matrices of random numbers; a copy.\n\n"
+    return text + table(("what", "size", "measured"), cells)
+
+
+def _asked(rows: list[Row]) -> str:
+    text = "## What is asked\n\nShares of the nominal dense bf16 peak, *hw* convention; ratios of tokens/s. Asked of one H200.\n\n"
+    cells = ([a.what, a.wanted, a.measured, a.verdict] for a in asked.answers(rows))
+    return text + table(("what", "asked", "measured", ""), cells)
 
 
 def _throughput(rows: list[Row]) -> str:
     text = (
-        "## Throughput\n\nMedian over the timed steps of all rounds, after warm-up, with whole optimizer steps "
-        "(clipping included). *hw*: the matrix work, attention without a mask; *causal*: half of the attention; *6N*: "
-        "all parameters (PaLM). Plain: transformers' own model and loss, bf16 autocast over fp32 weights, torch's fused "
-        "AdamW.\n\n"
+        "## Throughput\n\nThe median over the timed steps, after warm-up, of whole optimizer steps (clipping included), at "
+        "each implementation's fastest micro-batch. *hw*: the matrix work, attention without a mask; *causal*: half of "
+        "the attention; *6N*: all parameters (PaLM).\n\n"
     )
     titles = ("recipe", "implementation", "sharding", "micro-batch x accumulation", "tokens/s", "hw", "causal", "6N",
-              "peak GiB", "beside plain", "steps")  # fmt: skip
-    return text + _table(titles, (_throughput_cells(r) for r in rows))
+              "peak GiB", "ours / it", "steps", "sizes tried")  # fmt: skip
+    best = asked.fastest(rows)
+    return text + table(titles, (_throughput_cells(r, best, rows) for r in best.values()))
 
 
-def _throughput_cells(r: Row) -> list[str]:
-    ratio = f"{r['ratio']:.2f} x" if r["ratio"] else ""
-    timed = f"{len(r['step_seconds'])} in {r['rounds']}"
+def _throughput_cells(r: Row, best: dict[tuple[str, str], Row], rows: list[Row]) -> list[str]:
+    ours = best.get((r["recipe"], "ours auto"))
+    ratio = f"{ours['tokens_per_second'] / r['tokens_per_second']:.2f}" if ours and r is not ours else ""
+    tried = [str(t["micro_batch"]) for t in rows if (t["recipe"], t["way"]) == (r["recipe"], r["way"])]
     batch = f"{r['micro_batch']} x {r['accumulation']}"
-    shares = [_share(r["mfu_hw"]), _share(r["mfu_causal"]), _share(r["mfu_6n"])]
-    ours = [r["recipe"], r["peer"] or "ours", r["sharding"] or "", batch, f"{r['tokens_per_second']:,.0f}"]
-    return [*ours, *shares, f"{r['memory_gib']:.1f}", ratio, timed]
+    shares = [share(r["mfu_hw"]), share(r["mfu_causal"]), share(r["mfu_6n"])]
+    first = [r["recipe"], r["peer"] or r["way"], r["sharding"] or "", batch, f"{r['tokens_per_second']:,.0f}"]
+    return [*first, *shares, f"{r['memory_gib']:.1f}", ratio, str(len(r["step_seconds"])), ", ".join(tried)]
 
 
-def _probes(rows: list[Row]) -> str:
-    text = "## Micro-batches\n\nDoubled until memory ran out; one step with its optimizer.\n\n"
-    titles = ("recipe", "implementation", "micro-batch", "tokens/s")
-    cells = (
-        [
-            r["recipe"],
-            r["way"],
-            str(r["micro_batch"]),
-            f"{r['tokens_per_second']:,.0f}" if r["fits"] else "out of memory",
-        ]
-        for r in rows
+def _ablation(rows: list[Row]) -> str:
+    text = (
+        "## Ablation\n\nOne thing changed at a time against the recipe as it is (`kernels.*`, `optim.kernel` and sharding "
+        "`auto`), at one micro-batch for all; the first row once more at the end shows how far the machine drifted.\n\n"
     )
-    return text + _table(titles, cells)
+    base = {r["recipe"]: r["tokens_per_second"] for r in rows if r["change"] == "as it is" and not r["again"]}
+    cells = []
+    for r in sorted(rows, key=lambda r: (r["recipe"], r["again"], r["group"])):
+        against = f"{r['tokens_per_second'] / base[r['recipe']]:.3f}" if r["recipe"] in base else ""
+        change = f"`{r['change']}`{' (again)' if r['again'] else ''}"
+        speed = [f"{r['tokens_per_second']:,.0f}", share(r["mfu_hw"]), f"{r['memory_gib']:.1f}", against]
+        cells.append([r["recipe"], r["group"], change, str(r["micro_batch"]), *speed])
+    titles = ("recipe", "piece", "change", "micro-batch", "tokens/s", "hw", "peak GiB", "of the first row")
+    return text + table(titles, cells)
 
 
 def _heads(rows: list[Row]) -> str:
@@ -132,7 +129,7 @@ def _heads(rows: list[Row]) -> str:
     cells = (
         [r["way"], f"{r['milliseconds']:.1f}", "" if r["extra_gib"] is None else f"{r['extra_gib']:.1f}"] for r in rows
     )
-    return text + _table(("head", "ms", "GiB"), cells)
+    return text + table(("head", "ms", "GiB"), cells)
 
 
 def _checks(rows: list[Row]) -> str:
@@ -140,15 +137,20 @@ def _checks(rows: list[Row]) -> str:
         [r["name"].replace("|", "/"), r["status"], _figure(r["measured"]), _figure(r["tolerance"]), r["reason"]]
         for r in rows
     )
-    return "## Parity\n\n" + _table(("check", "result", "measured", "tolerance", "reason"), cells)
+    return "## Correctness\n\n" + table(("check", "result", "measured", "tolerance", "reason"), cells)
 
 
-def _table(titles: Iterable[str], rows: Iterable[list[str]]) -> str:
+def _gaps(rows: list[Row]) -> str:
+    return "## Not run\n\n" + table(("what", "reason"), ([r["key"], r["reason"].replace("|", "/")] for r in rows))
+
+
+def table(titles: Iterable[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
     titles = list(titles)
     return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 

@@ -1,19 +1,18 @@
-"""One training step, ours and plain PyTorch's, on the same model and the same batches.
+"""One training step of ours, and its exact twin in plain torch, on the same model and the same batches.
 
-`Ours` goes the real road: `prepare_for_training`, decay groups, `start_engine`, `loop.train_step`. `Plain` is what one
-writes by hand around a transformers class: autocast to bf16 over fp32 weights, the class's own loss, torch's fused
-AdamW, the same clipping and accumulation. It keeps fp32 weights and moments because ours does; all-bf16 training would
-be another, less exact method. Knows nothing of what is measured.
+`Ours` goes the real road: `prepare_for_training`, decay groups, `start_engine`, `loop.train_step`. Knows nothing of what
+is measured.
 """
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_steel import dist
+from megatron_steel import device as device_facts
+from megatron_steel import dist, preflight
 from megatron_steel.model import build
+from megatron_steel.model.flops import parameters
 from megatron_steel.recipe import Recipe
 from megatron_steel.train import engine as engines
 from megatron_steel.train import loop, optimizer
@@ -24,7 +23,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    loss: torch.Tensor
+    loss: Any
     """Mean per token, a scalar that may still be on the device."""
     grad_norm: float | None
 
@@ -44,11 +43,24 @@ def synthetic(recipe: Recipe, samples: int, count: int, seed: int = 5) -> list[B
     return [{"input_ids": r[:, :-1].contiguous(), "labels": r[:, 1:].contiguous()} for r in rows]
 
 
+def plan_of(recipe: Recipe) -> preflight.RunPlan:
+    """What of a run's plan does not depend on data and tokenizer."""
+    config = build.build_config(recipe.model)
+    return preflight.RunPlan(config, {}, parameters(config).total, 0.0, [], [])
+
+
+def prepare(model: Any, recipe: Recipe, device: torch.device) -> None:
+    """Lay the training forward over the model, with the recipe's kernels. Raises SteelError where one cannot run here."""
+    choose = getattr(device_facts, "kernels", None)
+    more = (choose(recipe, plan_of(recipe), device), recipe.train.z_loss) if choose else ()
+    build.prepare_for_training(model, recipe.train.activation_checkpointing, *more)
+
+
 class Ours:
     """Our engine at the sharding that `recipe.deepspeed.config` names (a file, not `auto`)."""
 
     def __init__(self, recipe: Recipe, model: Any, device: torch.device):
-        build.prepare_for_training(model, recipe.train.activation_checkpointing)
+        prepare(model, recipe, device)
         groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)
         config = engines.engine_config(recipe, engines.read_config(recipe.deepspeed.config), dist.world_size())
         self.kernel = optimizer.choose(recipe.optim.kernel, device.type, engines.offloads_optimizer(config))
@@ -57,7 +69,13 @@ class Ours:
         self._job = loop.Job(
             engine=engine, recipe=recipe, monitor=None, watch=Watch(None), next_batches=list, validation=None,
             save=lambda step, tokens: None, position=dict, out_of_memory=lambda: "", steps=1 << 30,
+            total_tokens=0,
         )  # fmt: skip # train_step logs nothing, so there is no monitor
+
+    def resize(self, micro_batch: int, accumulation: int) -> None:
+        """Cut the global batch anew; `accumulation` must divide the one before."""
+        self.engine.set_train_micro_batch_size(micro_batch)
+        self.engine.set_train_batch_size(micro_batch * accumulation * dist.world_size())
 
     def step(self, batches: list[Batch]) -> Step:
         self._job.step += 1
@@ -69,42 +87,26 @@ class Ours:
         return done.grad_norm if done.grad_norm is not None else float(self.engine.get_global_grad_norm())
 
 
-class Plain:
-    """torch and transformers alone.
+class Twin:
+    """torch and transformers alone, written for exactness: what parity is measured against.
 
-    Args:
-        fused: torch's fused AdamW; else its plain loop over single tensors, the twin that parity is measured against.
+    Whole logits, our labels, AdamW over single tensors, a gradient norm in fp64.
     """
 
     kernel = "torch"
 
-    def __init__(self, recipe: Recipe, model: Any, device: torch.device, fused: bool = True):
+    def __init__(self, recipe: Recipe, model: Any, device: torch.device):
         self.model, self._recipe, self._device = model.train(), recipe, device
         groups = build.decay_groups(model, recipe.optim.weight_decay, recipe.optim.weight_decay_on)
-        kind = {"fused": True} if fused else {"foreach": False, "fused": False}
         o = recipe.optim
-        self._adam = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, **kind)
+        self._adam = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, foreach=False, fused=False)
         self._norm = 0.0
 
     def step(self, batches: list[Batch]) -> Step:
         total = torch.zeros((), device=self._device)
         for batch in batches:
-            ids = batch["input_ids"].to(self._device, non_blocking=True)
-            with self._precision():
-                # The class shifts its labels itself, and so predicts one token a sample fewer than we do.
-                loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-            (loss / len(batches)).backward()
-            total += loss.detach() / len(batches)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._recipe.optim.clip_grad_norm)
-        return self._update(total)
-
-    def exact_step(self, batches: list[Batch]) -> Step:
-        """As `step`, with our labels, whole logits and an exact gradient norm: the twin of parity checks."""
-        total = torch.zeros((), device=self._device)
-        for batch in batches:
             ids, labels = batch["input_ids"].to(self._device), batch["labels"].to(self._device)
-            with self._precision():
-                logits = self.model(input_ids=ids, use_cache=False).logits
+            logits = self.model(input_ids=ids, use_cache=False, **_apart(batch, self._device)).logits
             loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
             (loss / len(batches)).backward()
             total += loss.detach() / len(batches)
@@ -113,16 +115,22 @@ class Plain:
         norm = torch.nn.utils.get_total_norm([g.double() for g in gradients])
         self._norm = float(norm)
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._recipe.optim.clip_grad_norm, norm.float())
-        return self._update(total)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        return Step(total, None)
 
     def grad_norm(self, done: Step) -> float:
         return self._norm
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        wanted = self._recipe.train.precision == "bf16"
-        return torch.autocast(self._device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
 
-    def _update(self, loss: torch.Tensor) -> Step:
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-        return Step(loss, None)
+def _apart(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """Mask and positions that keep packed documents apart, written out in full."""
+    if "document_ids" not in batch:
+        return {}
+    documents = batch["document_ids"]
+    tokens = torch.arange(documents.shape[1])
+    mask = (documents[:, :, None] == documents[:, None, :]) & (tokens[:, None] >= tokens[None, :])
+    positions = torch.stack(
+        [torch.cat([torch.arange(int(n)) for n in row.unique(return_counts=True)[1]]) for row in documents]
+    )
+    return {"attention_mask": mask[:, None].to(device), "position_ids": positions.to(device)}
