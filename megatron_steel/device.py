@@ -26,12 +26,12 @@ def sharding(recipe: Recipe, plan: RunPlan, device: "torch.device") -> str:
         plan.config, recipe.data.sequence_length, recipe.train.precision, recipe.train.activation_checkpointing
     )
     activations = per_sample * recipe.train.micro_batch_size
-    chosen = smallest_stage_that_fits(plan.parameters, activations, _device_bytes(device), dist.world_size())
+    chosen = smallest_stage_that_fits(plan.parameters, activations, device_bytes(device), dist.world_size())
     dist.log.info("deepspeed.config: auto takes %s", chosen)
     return chosen
 
 
-def _device_bytes(device: "torch.device") -> int:
+def device_bytes(device: "torch.device") -> int:
     """Memory this rank may use: its GPU's, or its share of the machine's."""
     if device.type == "cuda":
         import torch

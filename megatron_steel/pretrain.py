@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import device as device_facts
-from megatron_steel import dist, preflight, run_folder
+from megatron_steel import dist, preflight, rehearsal, run_folder
 from megatron_steel.errors import SteelError, Stopped
 from megatron_steel.recipe import Recipe, load_recipe
 
@@ -72,8 +72,8 @@ def run(name: str, overrides: list[str], dry_run: bool = False, report: "Report 
         device = dist.start()
         together = False
         try:
-            with _deterministic(recipe.train.deterministic):
-                _train(recipe, watch, guard, device, dry_run)
+            with _deterministic(recipe.train.deterministic), rehearsal.scratch(dry_run) as scratch:
+                _train(recipe, watch, guard, device, scratch)
             together = True
         except SteelError as error:
             together = error.shared
@@ -88,7 +88,8 @@ def run(name: str, overrides: list[str], dry_run: bool = False, report: "Report 
             watch.leave()
 
 
-def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device", dry_run: bool) -> None:
+def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device", scratch: Path | None = None) -> None:
+    """`scratch`: this is a dry run: what it writes goes there, and the run folder is only read."""
     from megatron_steel.checkpoint.commit import published, warn_of_space
     from megatron_steel.data.loader import Loader
     from megatron_steel.train import engine as engines
@@ -105,22 +106,23 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     steps = dist.together(lambda: preflight.total_steps(recipe, plan.train, checkpoint)) or 0
     order = preflight.plan_order(recipe, plan.train, steps, checkpoint)
     _announce(recipe, plan, steps, config, checkpoint)
-    if dry_run and getattr(plan.config, "sees_future", False):  # nothing is built, so nothing is audited
-        dist.log.warning("FFN_type %s lets every position see later tokens", getattr(plan.config, "FFN_type", ""))
-    if dry_run or (checkpoint and checkpoint.step >= steps):
-        dist.log.info("dry run: everything checks" if dry_run else "the run is complete: nothing to do")
+    if checkpoint and checkpoint.step >= steps:
+        dist.log.info("the run is complete: nothing to do")
         return
 
+    if scratch:
+        folder, seen = scratch, []
     held = dist.together(lambda: run_folder.open_folder(folder, recipe, config, seen), only=dist.is_main())
-    if dist.is_main():
+    if dist.is_main() and not scratch:
         room = 2 if checkpoint else recipe.train.keep_last + 1
         warn_of_space(folder / "checkpoints", state.first_checkpoint_bytes(plan.parameters), room)
-    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device)
+    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device, folder)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
     watch.skipped_steps = progress.skipped_steps
     spikes = _spikes(recipe, progress, order)
     facts = run_folder.facts_of(recipe, plan, config, checkpoint)
-    monitor = Monitor(folder, progress.step, sees_future=causal is False or getattr(plan.config, "sees_future", False))
+    sees_future = causal is False or getattr(plan.config, "sees_future", False)
+    monitor = Monitor(folder, progress.step, sees_future, steps)
     monitor.text("recipe", run_folder.as_yaml(recipe))
     dataset = preflight.open_dataset(plan.train, order)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
@@ -141,6 +143,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             watch=watch,
             next_batches=loader.step,
             validation=preflight.validation_batches_of(recipe, plan),
+            prompts=plan.prompts,
             save=state.Saves(save),
             position=lambda: preflight.position(loader.state, plan.train),
             out_of_memory=device_facts.out_of_memory(recipe, plan, device),
@@ -153,6 +156,9 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             peak_flops=device_facts.peak_flops_of(device),
         )
         try:
+            if scratch:
+                rehearsal.rehearse(job, plan.parameters, causal)
+                return
             guard.begin(progress.step)
             loop.fit(job)
         finally:
@@ -170,15 +176,17 @@ def _start_engine(
     config: dict[str, Any],
     checkpoint: "Checkpoint | None",
     device: "torch.device",
+    folder: Path,
 ) -> "tuple[DeepSpeedEngine, list[list[str]], bool | None]":
-    """The engine, the names of the parameters in each optimizer group, and (on rank 0) the audit's verdict."""
+    """The engine, the names of the parameters in each optimizer group, and (on rank 0) the audit's verdict, which is also
+    written to `folder`."""
     from megatron_steel.model import build
     from megatron_steel.train import engine as engines
 
     def make() -> Any:
         start_from = None if checkpoint else recipe.model.init_from
         model = build.build_model(plan.config, recipe.run.seed, start_from, recipe.model.trust_code)
-        causal = _audit(model, Path(recipe.run.dir).expanduser()) if dist.is_main() else None
+        causal = _audit(model, folder) if dist.is_main() else None
         return build.prepare_for_training(model, recipe.train.activation_checkpointing), causal
 
     model, causal = dist.together(make) or (None, None)

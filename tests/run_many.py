@@ -9,7 +9,8 @@ recipe, *words = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
 dist.set_up_logging()
 while words:
     cut = words.index("+") if "+" in words else len(words)
-    code = dist.exit_code(lambda overrides=words[:cut]: run(recipe, overrides))
+    overrides, dry = [w for w in words[:cut] if w != "--dry-run"], "--dry-run" in words[:cut]
+    code = dist.exit_code(lambda overrides=overrides, dry=dry: run(recipe, overrides, dry))
     words = words[cut + 1 :]
     if code:
         sys.exit(code)
