@@ -38,6 +38,8 @@ LAYOUT = {
         "spikes gone back from": ["spike_at_step$"],
         "FFN output over the stream": ["ffn_share_"],
         "gradient of the experts": ["expert_gradient_"],
+        "FFN output, by layer": ["ffn_share/"],
+        "gradient, by layer": ["expert_gradient/"],
     },
     "data": {
         "shares": ["data_share/"],

@@ -25,7 +25,9 @@ def test_a_run_writes_the_same_numbers_everywhere(tiny_recipe, tiny_data, launch
     with IndexedWriter(tmp_path / "other", np.uint16) as writer:
         writer.add_document(np.arange(3, 100).repeat(4).astype(np.uint16))
     sets = f"data.validation=[{{prefix: {tiny_data}/validation}}, {{prefix: {tmp_path}/other}}]"
-    done = launch(1, tiny_recipe, f"run.dir={tmp_path}/run", sets, "train.sample_prompts=['w5 w6', '']")
+    done = launch(
+        1, tiny_recipe, f"run.dir={tmp_path}/run", sets, "train.sample_prompts=['w5 w6', '']", "train.sample_tokens=5"
+    )
     events, rows = _board(tmp_path / "run" / "tensorboard"), metrics(tmp_path / "run")
     assert set(events.Tags()["scalars"]) >= SCALARS
     for tag in SCALARS - {"validation_loss"}:
