@@ -44,9 +44,10 @@ def _dots(rows: list[Row], key: str, label: str) -> Line:
 
 
 def _restarts(run: RunFiles, starts: list[Start]) -> list[float]:
-    """Tokens at which the run went on after its first start."""
-    tokens = {r["step"]: r["tokens"] for r in [*run.checkpoints, *run.training]}
-    return [float(tokens[s.from_step]) for s in starts if s.from_step and s.from_step in tokens]
+    """Tokens at which the run went on after its first start: those of the first line from there on."""
+    rows = sorted([*run.checkpoints, *run.training], key=lambda row: row["step"])
+    found = (next((r["tokens"] for r in rows if r["step"] >= s.from_step), None) for s in starts if s.from_step)
+    return [float(tokens) for tokens in found if tokens is not None]
 
 
 def _under(rows: list[Row], prefix: str) -> dict[str, str]:

@@ -188,13 +188,11 @@ def _audit(report: Row | None) -> str:
 
 
 def _checkpoints(run: RunFiles) -> str:
-    rows = [
-        (c["name"], f"{c['tokens']:,}", c.get("world_size", ""), f"{c['bytes'] / 2**30:.2f}") for c in run.checkpoints
-    ]
+    rows = [(c["name"], f"{c['tokens']:,}", c.get("world_size", ""), _size(c["bytes"])) for c in run.checkpoints]
     damaged = "".join(f"<p>{_e(problem)}</p>" for problem in run.damaged)
     if not rows:
         return '<p class="dim">None yet.</p>' + damaged
-    return _table(("checkpoint", "tokens", "ranks", "GiB"), rows, numbers={1, 2, 3}) + damaged
+    return _table(("checkpoint", "tokens", "ranks", "size"), rows, numbers={1, 2, 3}) + damaged
 
 
 def _environment(environment: Row) -> str:
@@ -225,6 +223,10 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]], numbers: Itera
 
 def _figure(value: float | None) -> str:
     return "no number" if value is None else f"{value:.4f}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -64,8 +64,10 @@ def curves(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-        if len(shown) > 1:
-            axes.legend(fontsize=8, frameon=False, ncols=2 if len(shown) > 4 else 1)
+        if len(shown) > 3 or (stacked and len(shown) > 1):
+            figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower center")
+        elif len(shown) > 1:
+            axes.legend(fontsize=8, frameon=False)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(out.getvalue(), title)
