@@ -21,7 +21,7 @@ _SPENT = (
     ("rest", "#e03131"), ("idle", "#ced4da"),
 )  # fmt: skip
 _SPENT_WORDS = {"rest": "starting, and work that was lost", "idle": "nothing ran", "save": "saving", "samples": "texts"}
-_SHOWN_STARTS = 200
+_SHOWN_STARTS, _SHOWN_TEXTS = 200, 30  # the newest
 
 
 def write_report(run: str, output: str | None = None, price_per_gpu_hour: float | None = None) -> Path:
@@ -166,7 +166,7 @@ def _data(run: RunFiles) -> str:
 
 def _texts(samples: list[Row]) -> str:
     """The newest evaluation's, and the earlier ones folded away."""
-    steps = sorted({r["step"] for r in samples})
+    steps = sorted({r["step"] for r in samples})[-_SHOWN_TEXTS:]
     shown = [
         "".join(
             f'<pre class="text"><b>{_e(r["prompt"])}</b>{_e(r["text"])}</pre>' for r in samples if r["step"] == step

@@ -9,6 +9,7 @@ import torch
 from megatron_steel import cli, preflight
 from megatron_steel.data.indexed import IndexedWriter
 from megatron_steel.recipe import load_recipe
+from megatron_steel.train import samples
 from megatron_steel.train.monitor import METRICS, SAMPLES, read_metrics
 
 PROMPTS = "train.sample_prompts=['w5 w6 w8', 'w100', '']"
@@ -110,3 +111,22 @@ def test_two_ranks_write_and_validate_as_one(one_rank, tiny_recipe, launch_many,
     for a, b in zip(theirs, ours, strict=True):
         for key in ("validation_loss", "validation_loss/validation", "validation_loss/other"):
             assert a[key] == pytest.approx(b[key], abs=2e-6)
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_for_a_text():
+    """The compiler counts what it is asked for; it takes seconds to load."""
+    import torch._dynamo
+
+    asked = []
+
+    def count(graph, inputs):
+        asked.append(graph)
+        return graph.forward
+
+    layer = torch.compile(torch.nn.Linear(3, 3), backend=count)
+    with samples._uncompiled():
+        eager = [layer(torch.ones(1, n, 3)) for n in (1, 2, 3)]
+    assert not asked
+    assert torch.equal(layer(torch.ones(1, 2, 3)), eager[1])
+    assert len(asked) == 1
