@@ -61,6 +61,7 @@ def test_a_finished_run(finished, tmp_path, capsys):
     assert float(cards["cost"]) == pytest.approx(36 * account.gpu_hours(account.starts_of(read_back)), abs=0.006)
     assert f"{read_back.validation[-1]['validation_loss']:.4f}" == cards["validation loss"]
     assert '<span class="badge done">complete</span><span class="badge causal">causal</span>' in page
+    assert "mathdefault" not in page
     assert "a &lt;run&gt;" in page
     assert "<b>w5 &lt;b&gt;</b>" in page
     assert "w5 <b>" not in page
@@ -169,6 +170,15 @@ def test_a_spike_is_not_thinned_away():
     assert len(x) <= plots.MOST_POINTS
     assert (77_777, 9.0) in zip(x, thin, strict=True)
     assert x == sorted(x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_in_any_script_are_shown_as_they_are():
+    lines = [plots.Line(name, [1, 2], [0.5, 0.5]) for name in ("钢铁", "a $b$ <i>", "_c")]
+    for stacked in (False, True):
+        svg = plots.curves("names", "", lines, stacked=stacked)
+        for shown in ("钢铁", "a $b$ &lt;i&gt;"):
+            assert f">{shown}</text>" in svg, svg
 
 
 def test_a_report_imports_no_torch(finished, tmp_path):

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 MOST_POINTS = 1200  # of a line: more than the pixels that show it
@@ -43,11 +43,11 @@ def curves(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    shown = [line for line in lines if any(_is_number(y) for y in line.y)]
+    shown = [replace(line, label=line.label.replace("$", r"\$")) for line in lines if any(map(_is_number, line.y))]
     if not shown:
         return ""
     # Ids from a fixed salt: the same run gives the same page.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "text.parse_math": False}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}
     with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has the font that is missing here
         figure = Figure(figsize=(5.0, 2.9), layout="constrained")
@@ -110,7 +110,7 @@ def _is_number(value: float | None) -> bool:
 def _inline(text: str, title: str) -> str:
     """The element alone, as wide as its place, without the ids that every figure has alike."""
     svg = text[text.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z]\w*_\d+"', "", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[\d.]+pt"', r"\1", re.sub(r'(<svg[^>]*?) height="[\d.]+pt"', r"\1", svg))
     return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
