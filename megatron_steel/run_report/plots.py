@@ -79,8 +79,9 @@ def curves(
 def _draw(axes: Any, lines: list[Line]) -> None:
     for color, line in zip(COLORS * len(lines), lines, strict=False):
         x, y = thinned(line.x, [float(v) if v is not None and _is_number(v) else math.nan for v in line.y])
-        few = line.dots or len(x) < 3
-        axes.plot(x, y, "o-" if few else "-", label=line.label, color=color, linewidth=1.1, markersize=3)
+        sparse = 2 * sum(map(math.isfinite, y)) < len(y)  # its points have no neighbours to be joined with
+        style = "o" if sparse else "o-" if line.dots or len(x) < 3 else "-"
+        axes.plot(x, y, style, label=line.label, color=color, linewidth=1.1, markersize=3)
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
