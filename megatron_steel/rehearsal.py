@@ -5,6 +5,7 @@ folder that is deleted. Estimates before anything is built are the planner's; he
 """
 
 import contextlib
+import dataclasses
 import datetime
 import shutil
 import tempfile
@@ -36,6 +37,8 @@ def rehearse(job: "Job", parameters: int, causal: bool | None) -> None:
     """Make the next two steps of a run that nobody will save, and print the plan for the rest; a collective call."""
     from megatron_steel.train import loop
 
+    # Each of its steps is one that would be logged: its loss is wanted.
+    job.recipe = dataclasses.replace(job.recipe, train=dataclasses.replace(job.recipe.train, log_every_steps=1))
     first, seconds, tokens = job.step, [0.0], 0
     while job.step < min(first + _STEPS, job.steps):
         job.step += 1
