@@ -4,11 +4,14 @@ Nothing heavy is imported before a verb runs, so that `--help` is instant.
 """
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_steel import __version__, dist, verbs
+from megatron_steel.errors import EXIT_BAD_INPUT, SteelError
 
 AddVerb = Callable[..., argparse.ArgumentParser]
 
@@ -31,36 +34,52 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A command that cannot be read is bad configuration, as a recipe is: 78, where argparse has 2."""
+    """A command that cannot be read is bad configuration, as a recipe is: told in the same words, and 78, where argparse has 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(78, f"{self.prog}: error: {message}\n")
+        unknown = re.match(r"argument VERB: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        remedy = f"`{self.prog} --help` says what it takes"
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], re.findall(r"[\w-]+", unknown[2]), n=1)
+            message = f"there is no verb {unknown[1]!r}"
+            remedy = f"did you mean {near[0]}? {remedy}" if near else remedy
+        self.exit(EXIT_BAD_INPUT, f"error: {SteelError(message, self.prog, remedy)}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("megatron-steel", description="Pretrain small language models and ship them.")
+    parser = _Parser("megatron-steel", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=__version__)
-    subparsers = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    subparsers = parser.add_subparsers(required=True, metavar="VERB", help="its own arguments: VERB --help")
+    lines = ["Pretrain small language models and ship them."]
 
-    def verb(action: Callable[..., None], help: str, name: str = "") -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name or action.__name__.replace("_", "-"), help=help, description=help)
-        sub.set_defaults(action=action)
-        return sub
+    def group(title: str) -> AddVerb:
+        lines.append(f"\n{title}:")
 
-    _training(verb)
-    _data(verb)
-    _models(verb)
+        def verb(action: Callable[..., None], help: str, name: str = "") -> argparse.ArgumentParser:
+            name = name or action.__name__.replace("_", "-")
+            lines.append(f"  {name:16} {help}")
+            sub = subparsers.add_parser(name, description=help)  # without `help`, which would list it once more
+            sub.set_defaults(action=action)
+            return sub
+
+        return verb
+
+    _data(group("data"))
+    _training(group("training"))
+    _after_training(group("after training"))
+    _looking(group("inspect and operate"))
+    parser.description = "\n".join(lines)
+    parser.epilog = "exit codes: 0 done, 70 internal or numerical, 75 stopped on request (start again), 78 bad configuration or data"
     return parser
 
 
 def _training(verb: AddVerb) -> None:
-    p = verb(
-        verbs.pretrain, "train a recipe in one process (several ranks: deepspeed --module megatron_steel.pretrain)"
-    )
+    p = verb(verbs.pretrain, "train a recipe in one process")
     p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
     p.add_argument("overrides", nargs="*", metavar="key.path=value")
-    p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    p.add_argument(
+        "--dry-run", action="store_true", help="check everything, make two timed steps, print the plan, keep nothing"
+    )
 
     p = verb(verbs.launch, "train a recipe on every GPU (two ranks without one), supervised: start again after a crash")
     p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
@@ -156,23 +175,12 @@ def _data(verb: AddVerb) -> None:
     p.add_argument("--vocab-size", type=int, required=True)
     p.add_argument("--output", required=True, metavar="DIR")
 
-    p = verb(verbs.verify, "read a data set from end to end and compare it with its manifest")
-    p.add_argument("prefixes", nargs="+", metavar="PREFIX")
-
-    p = verb(verbs.inspect, "what a data set or a run folder is")
-    p.add_argument("target", metavar="PREFIX_OR_RUN")
-    p.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="show text, not ids (of a run: instead of the recipe's)")
-    p.add_argument("--step", type=int, metavar="N", help="of a run: every sample of step N, its documents and text")
-    p.add_argument("--rank", type=int, metavar="R", help="with --step: only what rank R trains")
-    p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
-    p.add_argument("--picture", metavar="FILE", help="of a data set: write a PNG here")
-
     p = verb(verbs.merge, "join data sets into one")
     p.add_argument("prefixes", nargs="+", metavar="PREFIX")
     p.add_argument("--output", required=True, metavar="PREFIX")
 
 
-def _models(verb: AddVerb) -> None:
+def _after_training(verb: AddVerb) -> None:
     p = verb(
         verbs.export, "write a checkpoint as a Hugging Face folder (also others' ZeRO checkpoints: docs/export.md)"
     )
@@ -219,13 +227,6 @@ def _models(verb: AddVerb) -> None:
     p = verb(verbs.dpo, "tune a model on preferences, by DPO: docs/sft.md (extra: sft)")
     _tuning(p, "preferences", 128, "DPOConfig, as beta=0.05 (default: beta 0.1, 5e-6, 3 epochs)")
 
-    p = verb(verbs.audit, "can the model see the future, what is its honest loss, do its FFNs work")
-    p.add_argument("source", metavar="HF_DIR_OR_CHECKPOINT")
-    p.add_argument("--data", metavar="PREFIX", help="a data set for the losses (default: random tokens)")
-    p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
-    p.add_argument("--picture", metavar="FILE", help="write a PNG here")
-    p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
-
     p = verb(verbs.generate, "let an exported model write")
     p.add_argument("model", metavar="HF_DIR")
     what = p.add_mutually_exclusive_group(required=True)
@@ -249,6 +250,31 @@ def _models(verb: AddVerb) -> None:
     p.add_argument("--tensorboard", metavar="DIR", help="write the scores against the exports' steps here")
     p.add_argument("--picture", metavar="FILE", help="write a bar chart beside published scores here (PNG)")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+
+
+def _looking(verb: AddVerb) -> None:
+    p = verb(verbs.verify, "read a data set from end to end and compare it with its manifest")
+    p.add_argument("prefixes", nargs="+", metavar="PREFIX")
+
+    p = verb(verbs.inspect, "what a data set or a run folder is")
+    p.add_argument("target", metavar="PREFIX_OR_RUN")
+    p.add_argument("--tokenizer", metavar="DIR_OR_MODEL", help="show text, not ids (of a run: instead of the recipe's)")
+    p.add_argument("--step", type=int, metavar="N", help="of a run: every sample of step N, its documents and text")
+    p.add_argument("--rank", type=int, metavar="R", help="with --step: only what rank R trains")
+    p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
+    p.add_argument("--picture", metavar="FILE", help="of a data set: write a PNG here")
+
+    p = verb(verbs.audit, "can the model see the future, what is its honest loss, do its FFNs work")
+    p.add_argument("source", metavar="HF_DIR_OR_CHECKPOINT")
+    p.add_argument("--data", metavar="PREFIX", help="a data set for the losses (default: random tokens)")
+    p.add_argument("--json", dest="json_file", metavar="FILE", help="write every figure here")
+    p.add_argument("--picture", metavar="FILE", help="write a PNG here")
+    p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+
+    p = verb(verbs.report, "a run as one HTML page: curves, texts, where the time went, cost (docs/monitoring.md)")
+    p.add_argument("run", metavar="RUN", help="a run folder: complete, going on, or crashed")
+    p.add_argument("--output", metavar="FILE.html", help="default: report.html in the run folder")
+    p.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="adds the cost, in the currency of X")
 
 
 def _tuning(p: argparse.ArgumentParser, rows: str, batch: int, keys: str) -> None:

@@ -24,7 +24,7 @@ def sharding(recipe: Recipe, plan: RunPlan, device: "torch.device") -> str:
     """`deepspeed.config`, with `auto` resolved by the memory of this rank's device."""
     if recipe.deepspeed.config != "auto":
         return recipe.deepspeed.config
-    chosen = smallest_sharding(recipe, plan.config, plan.parameters, _device_bytes(device), dist.world_size())
+    chosen = smallest_sharding(recipe, plan.config, plan.parameters, device_bytes(device), dist.world_size())
     dist.log.info("deepspeed.config: auto takes %s", chosen)
     return chosen
 
@@ -54,7 +54,7 @@ def kernels(recipe: Recipe, plan: RunPlan, device: "torch.device") -> "Choice":
     return choose(recipe.kernels, model, device, recipe.train.precision, recipe.data.document_mask)
 
 
-def _device_bytes(device: "torch.device") -> int:
+def device_bytes(device: "torch.device") -> int:
     """Memory this rank may use: its GPU's, or its share of the machine's."""
     if device.type == "cuda":
         import torch

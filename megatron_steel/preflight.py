@@ -6,6 +6,7 @@ Whatever bad input can cause ends here, on all ranks alike. Knows nothing of eng
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_steel.data.ramp import Ramp
     from megatron_steel.data.segments import Member
     from megatron_steel.data.tokenizer import Tokenizer
+    from megatron_steel.train.samples import Prompts
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class RunPlan:
     flops_per_token: float
     train: "list[Member]"
     validation: "list[Member]"
+    prompts: "Prompts | None" = None
 
 
 def plan_run(recipe: Recipe) -> RunPlan:
@@ -52,6 +55,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     from megatron_steel.model.flops import flops_per_token, parameters
     from megatron_steel.model.groups import by_pattern
     from megatron_steel.model.training import require_document_mask
+    from megatron_steel.train.samples import Prompts
 
     def check() -> RunPlan:
         tokenizer = load_tokenizer(recipe.tokenizer.path)
@@ -79,7 +83,13 @@ def plan_run(recipe: Recipe) -> RunPlan:
         if {m.digest for m in train} & {m.digest for m in validation}:
             dist.log.warning("data.validation is also trained on: its loss says nothing about unseen text")
         return RunPlan(
-            config, tokenizer.facts(), parameters(config).total, flops.hw if flops else 0.0, train, validation
+            config,
+            tokenizer.facts(),
+            parameters(config).total,
+            flops.hw if flops else 0.0,
+            train,
+            validation,
+            Prompts.of(recipe, tokenizer),
         )
 
     # The first rank of a node scans data that has no manifest; the others then find one.
@@ -223,20 +233,38 @@ def open_dataset(members: "list[Member]", order: "OrderState") -> "BlendedDatase
     return BlendedDataset(order, {m.digest: IndexedDataset(m.prefix) for m in members})
 
 
-def validation_batches_of(recipe: Recipe, plan: RunPlan) -> "Callable[[], Iterator[Batch]] | None":
-    """The same held-out samples at every evaluation."""
+def validation_batches_of(recipe: Recipe, plan: RunPlan) -> "dict[str, Callable[[], Iterator[Batch]]]":
+    """The same held-out samples at every evaluation, by the name of their data set; empty where there are none.
+
+    `train.eval_samples` are blended over all sets. A set too small to have one among them is left out.
+    """
     from megatron_steel.data.loader import validation_batches
     from megatron_steel.data.segments import plan as plan_segments
     from megatron_steel.data.segments import samples_per_epoch
 
     if not plan.validation:
-        return None
+        return {}
     length = recipe.data.sequence_length
     samples = min(recipe.train.eval_samples, samples_per_epoch(plan.validation, length))
     order = plan_segments(None, plan.validation, length, 1, samples, recipe.run.seed)
     dataset = open_dataset(plan.validation, order)
     ranks = recipe.train.micro_batch_size, dist.rank(), dist.world_size(), recipe.data.document_mask
-    return lambda: validation_batches(dataset, samples, *ranks)
+    of_set: dict[str, list[int]] = {m.digest: [] for m in plan.validation}
+    for number in range(samples):
+        of_set[order.locate(number).digest].append(number)
+    return {
+        name: partial(validation_batches, dataset, of_set[m.digest], *ranks)
+        for name, m in zip(names_of(plan.validation), plan.validation, strict=True)
+        if of_set[m.digest]
+    }
+
+
+def names_of(members: "list[Member]") -> list[str]:
+    """A name for each data set: its prefix's last part, or where two have the same, the whole prefix."""
+    for names in ([Path(m.prefix).name for m in members], [m.prefix.replace("/", "_") for m in members]):
+        if len(set(names)) == len(names):
+            return names
+    return [m.digest[:12] for m in members]
 
 
 def position(order: "OrderState", members: "list[Member]") -> dict[str, float]:
@@ -248,8 +276,7 @@ def position(order: "OrderState", members: "list[Member]") -> dict[str, float]:
 
     drawn = order.drawn_before(order.next_sample)
     length = order.segments[-1].sequence_length
-    names = [Path(m.prefix).name for m in members]
-    tags = names if len(set(names)) == len(names) else [m.prefix.replace("/", "_") for m in members]
+    tags = names_of(members)
     epochs = {f"epochs_{tag}": drawn[m.digest][0] + drawn[m.digest][1] / blocks(m.tokens, length)
               for tag, m in zip(tags, members, strict=True)}  # fmt: skip
     shares = order.shares()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import device as device_facts
-from megatron_steel import dist, preflight, run_folder
+from megatron_steel import dist, preflight, rehearsal, run_folder
 from megatron_steel.errors import SteelError, Stopped
 from megatron_steel.recipe import Recipe, load_recipe
 
@@ -73,8 +73,8 @@ def run(name: str, overrides: list[str], dry_run: bool = False, report: "Report 
         device = dist.start()
         together = False
         try:
-            with _deterministic(recipe.train.deterministic):
-                _train(recipe, watch, guard, device, dry_run)
+            with _deterministic(recipe.train.deterministic), rehearsal.scratch(dry_run) as scratch:
+                _train(recipe, watch, guard, device, scratch)
             together = True
         except SteelError as error:
             together = error.shared
@@ -89,7 +89,8 @@ def run(name: str, overrides: list[str], dry_run: bool = False, report: "Report 
             watch.leave()
 
 
-def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device", dry_run: bool) -> None:
+def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device", scratch: Path | None = None) -> None:
+    """`scratch`: this is a dry run: what it writes goes there, and the run folder is only read."""
     from megatron_steel.checkpoint.commit import published, warn_of_space
     from megatron_steel.data.loader import Loader
     from megatron_steel.train import engine as engines
@@ -110,22 +111,23 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     order = preflight.plan_order(recipe, plan.train, steps, checkpoint)
     _announce(recipe, plan, steps, config, checkpoint)
     dist.log.info("kernels: %s", chosen)
-    if dry_run and getattr(plan.config, "sees_future", False):  # nothing is built, so nothing is audited
-        dist.log.warning("FFN_type %s lets every position see later tokens", getattr(plan.config, "FFN_type", ""))
-    if dry_run or (checkpoint and checkpoint.step >= steps):
-        dist.log.info("dry run: everything checks" if dry_run else "the run is complete: nothing to do")
+    if checkpoint and checkpoint.step >= steps:
+        dist.log.info("the run is complete: nothing to do")
         return
 
+    if scratch:
+        folder, seen = scratch, []
     held = dist.together(lambda: run_folder.open_folder(folder, recipe, config, seen), only=dist.is_main())
-    if dist.is_main():
+    if dist.is_main() and not scratch:
         room = 2 if checkpoint else recipe.train.keep_last + 1
         warn_of_space(folder / "checkpoints", state.first_checkpoint_bytes(plan.parameters), room)
-    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device, chosen)
+    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device, chosen, folder)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
     watch.skipped_steps = progress.skipped_steps
     spikes = _spikes(recipe, progress, order)
     facts = run_folder.facts_of(recipe, plan, config, checkpoint)
-    monitor = Monitor(folder, progress.step, sees_future=causal is False or getattr(plan.config, "sees_future", False))
+    sees_future = causal is False or getattr(plan.config, "sees_future", False)
+    monitor = Monitor(folder, progress.step, sees_future, steps)
     monitor.text("recipe", run_folder.as_yaml(recipe))
     dataset = preflight.open_dataset(plan.train, order)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
@@ -148,6 +150,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             next_batches=loader.step,
             labels_ahead=loader.labels_ahead,
             validation=preflight.validation_batches_of(recipe, plan),
+            prompts=plan.prompts,
             save=state.Saves(save),
             position=lambda: preflight.position(loader.state, plan.train),
             out_of_memory=device_facts.out_of_memory(recipe, plan, device),
@@ -161,6 +164,9 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
             peak_flops=device_facts.peak_flops_of(device),
         )
         try:
+            if scratch:
+                rehearsal.rehearse(job, plan.parameters, causal)
+                return
             guard.begin(progress.step)
             loop.fit(job)
         finally:
@@ -179,8 +185,10 @@ def _start_engine(
     checkpoint: "Checkpoint | None",
     device: "torch.device",
     chosen: "Choice",
+    folder: Path,
 ) -> "tuple[DeepSpeedEngine, list[list[str]], bool | None]":
-    """The engine, the names of the parameters in each optimizer group, and (on rank 0) the audit's verdict."""
+    """The engine, the names of the parameters in each optimizer group, and (on rank 0) the audit's verdict, which is also
+    written to `folder`."""
     from megatron_steel.model import build
     from megatron_steel.train import engine as engines
 
@@ -189,7 +197,7 @@ def _start_engine(
         model = build.build_model(
             plan.config, recipe.run.seed, start_from, recipe.model.trust_code, recipe.model.init_std
         )
-        causal = _audit(model, Path(recipe.run.dir).expanduser()) if dist.is_main() else None
+        causal = _audit(model, folder) if dist.is_main() else None
         train = recipe.train
         return build.prepare_for_training(model, train.activation_checkpointing, chosen, train.z_loss), causal
 

@@ -162,6 +162,10 @@ class Train(_Section):
     eval_every_steps: int = 500
     eval_samples: int = 256
     """Validation samples per evaluation (fewer when the validation data is shorter)."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Texts that the model goes on with at each evaluation; an empty one begins a document."""
+    sample_tokens: int = 64
+    """Tokens it writes after each prompt, always the likeliest."""
     save_every_steps: int = 1000
     keep_last: int = 2
     """Whole checkpoints kept, at least two; older ones are deleted after a newer one is whole."""
@@ -347,7 +351,8 @@ def _impossible_values(recipe: Recipe) -> list[str]:
         "train.global_batch_size": t.global_batch_size, "train.micro_batch_size": t.micro_batch_size,
         "train.steps": t.steps, "train.tokens": t.tokens, "train.epochs": t.epochs,
         "train.log_every_steps": t.log_every_steps, "train.eval_every_steps": t.eval_every_steps,
-        "train.eval_samples": t.eval_samples, "train.save_every_steps": t.save_every_steps,
+        "train.eval_samples": t.eval_samples, "train.sample_tokens": t.sample_tokens,
+        "train.save_every_steps": t.save_every_steps,
         "train.keep_last": t.keep_last, "train.keep_every_steps": t.keep_every_steps,
         "train.stop_after_minutes": t.stop_after_minutes, "train.spike_score": t.spike_score,
         "optim.muon_lr": o.muon_lr, **{f"optim.lr_ratio.{k}": v for k, v in o.lr_ratio.items()},

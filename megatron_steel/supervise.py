@@ -38,7 +38,6 @@ from megatron_steel.signals import stop_signals
 from megatron_steel.train import report
 from megatron_steel.train.outcome import Outcome, judge
 
-HISTORY = "launches.jsonl"
 _SAME_FAILURES = 3
 _FAILURES_WITHOUT_PROGRESS = 10
 _LONGEST_PAUSE = 300.0  # seconds between two starts
@@ -258,7 +257,7 @@ class Supervisor:
         line = {"began": round(began, 1), "ended": round(time.time(), 1), "exit_code": outcome.exit_code,
                 "step": outcome.step, "cause": outcome.cause}  # fmt: skip
         if self._folder.is_dir():
-            with contextlib.suppress(OSError), (self._folder / HISTORY).open("a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), (self._folder / report.HISTORY).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

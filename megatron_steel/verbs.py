@@ -134,6 +134,12 @@ def _inspect_data(prefix: str, tokenizer: str | None, json_file: str | None, pic
         inspect.draw(report, picture)
 
 
+def report(run: str, output: str | None, price_per_gpu_hour: float | None) -> None:
+    from megatron_steel.run_report.page import write_report
+
+    print(write_report(run, output, price_per_gpu_hour))
+
+
 def merge(prefixes: list[str], output: str) -> None:
     from megatron_steel.data.merge import merge
 

@@ -14,7 +14,8 @@ while words:
     cut = words.index("+") if "+" in words else len(words)
     if words[0].endswith(".yaml"):
         recipe, words, cut = words[0], words[1:], cut - 1
-    code = dist.exit_code(lambda recipe=recipe, overrides=words[:cut]: run(recipe, overrides))
+    overrides, dry = [w for w in words[:cut] if w != "--dry-run"], "--dry-run" in words[:cut]
+    code = dist.exit_code(lambda recipe=recipe, overrides=overrides, dry=dry: run(recipe, overrides, dry))
     words = words[cut + 1 :]
     if code:
         sys.exit(code)

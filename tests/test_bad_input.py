@@ -122,10 +122,8 @@ def test_a_missing_tokenizer(fails, tmp_path):
     fails("tokenizer", f"tokenizer.path={tmp_path}/none")
 
 
-def test_a_dry_run_checks_and_writes_nothing(tiny_recipe, capsys, tmp_path):
-    assert cli.main(["pretrain", str(tiny_recipe), "--dry-run", f"run.dir={tmp_path}/run"]) == 0
-    assert "dry run: everything checks" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_a_prompt_that_is_too_long(fails):
+    fails("a prompt of 2 tokens and 31 more", "train.sample_prompts=[w5 w6]", "train.sample_tokens=31")
 
 
 def test_another_job_in_the_same_folder_is_refused(tiny_recipe, capsys, tmp_path):

@@ -1,5 +1,6 @@
 """The command line: instant help, every verb documented, words that are no arguments refused."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,29 @@ def test_help_imports_nothing_heavy():
     code = f"import sys, megatron_steel.cli; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_help_names_every_verb_once_in_its_group(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    groups = re.findall(r"^(data|training|after training|inspect and operate):\n((?:  \S.*\n)+)", text, re.MULTILINE)
+    assert [title for title, _ in groups] == ["data", "training", "after training", "inspect and operate"]
+    listed = [line.split()[0] for _, lines in groups for line in lines.splitlines()]
+    (verbs,) = (a.choices for a in cli._parser()._actions if isinstance(a.choices, dict))
+    assert sorted(listed) == sorted(verbs)
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_a_verb_that_is_none_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["pretrian", "tiny"])
+    assert left.value.code == 78
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: there is no verb 'pretrian'\n  where: megatron-steel\n  do:    did you mean pretrain?"
+    )
 
 
 def test_recipes_are_listed_shown_and_scaled(capsys, tmp_path):

@@ -36,7 +36,7 @@ def _fresh_loss(export: Path, recipe, overrides, tmp_path) -> dict:
     from megatron_steel.recipe import load_recipe
 
     resolved = load_recipe(str(recipe), overrides)
-    batches = preflight.validation_batches_of(resolved, preflight.plan_run(resolved))
+    (batches,) = preflight.validation_batches_of(resolved, preflight.plan_run(resolved)).values()
     blocks = []
     for batch in batches():
         for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):

@@ -116,16 +116,21 @@ def counted(batches: list[Batch]) -> int:
 
 
 def validation_batches(
-    dataset: BlendedDataset, samples: int, micro_batch: int, rank: int = 0, world: int = 1, document_mask: bool = False
+    dataset: BlendedDataset,
+    samples: Sequence[int],
+    micro_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    document_mask: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of samples 0 to `samples`, cut as a step is.
+    """This rank's share of the samples with these numbers, cut as a step is.
 
     Every rank gets the same number of batches, all of `micro_batch` rows: under ZeRO-3 a rank that did fewer passes
     would leave the others waiting. Where samples run out, rows whose labels are all -100 fill up, so a loss must be
     summed and divided by the labels counted over all ranks. The caller bounds `samples` by the data's epoch.
     """
-    for first in range(rank * micro_batch, samples + rank * micro_batch, micro_batch * world):
-        yield _micro_batch(dataset, range(first, min(first + micro_batch, samples)), document_mask, rows=micro_batch)
+    for first in range(rank * micro_batch, len(samples) + rank * micro_batch, micro_batch * world):
+        yield _micro_batch(dataset, samples[first : first + micro_batch], document_mask, rows=micro_batch)
 
 
 def _micro_batch(dataset: BlendedDataset, numbers: Sequence[int], document_mask: bool, rows: int = 0) -> Batch:

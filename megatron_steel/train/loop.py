@@ -6,7 +6,7 @@
    that the loss is a mean over tokens and not a mean of means. A loss that is no number, on any rank, changes nothing.
    The ranks talk once a step, when the optimizer's work is on its way to the device; the loss is fetched only where it
    is logged or watched.
-3. `validate` does the same over held-out samples, without gradients.
+3. `evaluate` lets the model write, and `validate` does the same over held-out samples, without gradients.
 
 Knows nothing of how data is ordered, how a model is built or how a checkpoint is committed.
 """
@@ -25,7 +25,8 @@ from megatron_steel.recipe import Recipe
 from megatron_steel.train.engine import apply_step, set_accumulation
 from megatron_steel.train.garbage import Garbage
 from megatron_steel.train.health import Health, by_layer, extremes
-from megatron_steel.train.monitor import METRICS, Monitor, progress_line, read_metrics
+from megatron_steel.train.monitor import METRICS, SAMPLES, Monitor, progress_line, read_metrics
+from megatron_steel.train.samples import Prompts
 from megatron_steel.train.schedule import learning_rate
 from megatron_steel.train.spikes import Spikes
 from megatron_steel.train.watch import Watch
@@ -42,7 +43,8 @@ class Job:
     """Everything the loop is handed; `pretrain` builds it.
 
     `next_batches()` gives this rank's micro-batches of the next step, `labels_ahead()` how many labels count in them (0: not
-    known beforehand); `validation()` yields its validation micro-batches, equally many on every rank. `save(step, tokens, must)` commits a checkpoint; without `must` it may
+    known beforehand); `validation[name]()` yields its micro-batches of a held-out data set, equally many on every rank.
+    `save(step, tokens, must)` commits a checkpoint; without `must` it may
     fail, returns False and leaves it to the next. `roll_back()` goes back to before the spike that `spikes` has confirmed and returns
     (step, tokens) there, or None where it cannot.
     """
@@ -52,7 +54,8 @@ class Job:
     monitor: Monitor
     watch: Watch
     next_batches: Callable[[], list[Batch]]
-    validation: Callable[[], Iterator[Batch]] | None
+    validation: dict[str, Callable[[], Iterator[Batch]]]
+    prompts: Prompts | None
     save: Callable[[int, int, bool], bool]
     position: Callable[[], dict[str, float]]
     out_of_memory: Callable[[], str]
@@ -117,8 +120,8 @@ def fit(job: Job) -> None:
     train = job.recipe.train
     logged_at, save_due = (job.step, job.tokens), False
     job.clock.take(1)
-    if job.validation and job.step and job.step % train.eval_every_steps == 0 and _not_validated(job):
-        validate(job)
+    if job.step and job.step % train.eval_every_steps == 0:
+        evaluate(job, _written_at(job))
     with Garbage() as garbage:
         while job.step < job.steps:
             job.step += 1
@@ -136,9 +139,9 @@ def fit(job: Job) -> None:
             if is_logged(job):
                 log_step(job, done, job.step - logged_at[0], job.tokens - logged_at[1])
                 logged_at = job.step, job.tokens
-            evaluated = job.validation and (job.step % train.eval_every_steps == 0 or last)
+            evaluated = job.step % train.eval_every_steps == 0 or last
             if evaluated:
-                validate(job)
+                evaluate(job)
                 stop = job.watch.agreed_stop()  # asked for meanwhile, too
             save_due = save_due or job.step % train.save_every_steps == 0
             saved = False
@@ -229,39 +232,67 @@ def on_its_way(number: "torch.Tensor") -> Callable[[], float]:
     return arrived
 
 
-def validate(job: Job) -> float | None:
-    """Mean loss per token over the validation samples; logged under `validation_loss`.
+def evaluate(job: Job, written: frozenset[str] = frozenset()) -> None:
+    """Text from the prompts, then the validation loss; not what has been `written` for this step before.
 
-    None when a stop was asked for in between: a long evaluation does not hold it up, `fit` makes good for it at the resume.
+    Where a stop is asked for in between, the rest is left out: `fit` makes good for it at the resume.
+    """
+    if job.prompts and SAMPLES not in written:
+        with job.clock.part("samples"):
+            texts = job.prompts.write(job.engine, lambda: _goes_on(job))
+        if texts is None:
+            return
+        job.monitor.samples(job.step, job.tokens, job.prompts.texts, texts)
+    if job.validation and METRICS not in written:
+        validate(job)
+
+
+def validate(job: Job) -> float | None:
+    """Mean loss per token over the validation samples; logged under `validation_loss`, and where there are several
+    data sets, of each alone under `validation_loss/NAME`.
+
+    None when a stop was asked for in between: a long evaluation does not hold it up.
     """
     import torch
 
-    assert job.validation is not None
-    engine, stop = job.engine, False
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    engine, going_on = job.engine, True
+    sums = torch.zeros(len(job.validation), 2, dtype=torch.float64, device=engine.device)
     engine.eval()
     with torch.no_grad(), job.clock.part("validation"):
-        for batch in job.validation():
-            sums[0] += engine(**to_device(batch, engine.device))
-            sums[1] += (batch["labels"] != -100).sum()
-            job.watch.progress(job.step)
-            stop = job.watch.agreed_stop()
-            if stop:
-                break
+        for of_set, batches in zip(sums, job.validation.values(), strict=True):
+            for batch in batches() if going_on else ():
+                of_set[0] += engine(**to_device(batch, engine.device))
+                of_set[1] += (batch["labels"] != -100).sum()
+                going_on = _goes_on(job)
+                if not going_on:
+                    break
     engine.train()
-    if stop:
+    if not going_on:
         return None
     torch.distributed.all_reduce(sums)
-    loss = float(sums[0] / sums[1])
-    job.monitor.scalars(job.step, {"tokens": job.tokens, "validation_loss": loss})
-    dist.log.info("step %6d/%d | validation loss %.4f over %d tokens", job.step, job.steps, loss, int(sums[1]))
-    return loss
+    total, tokens = sums.sum(dim=0).tolist()
+    by_set = {f"validation_loss/{name}": float(s / n) for name, (s, n) in zip(job.validation, sums, strict=True)}
+    row = {"tokens": job.tokens, "validation_loss": total / tokens, **(by_set if len(by_set) > 1 else {})}
+    job.monitor.scalars(job.step, row)
+    dist.log.info("step %6d/%d | validation loss %.4f over %d tokens", job.step, job.steps, total / tokens, int(tokens))
+    return total / tokens
 
 
-def _not_validated(job: Job) -> bool:
-    """True on all ranks when the metrics lack the evaluation of the step the run continues from."""
-    rows = read_metrics(job.monitor.folder / METRICS) if dist.is_main() else []
-    return dist.any_rank(dist.is_main() and not any(r["step"] == job.step and "validation_loss" in r for r in rows))
+def _goes_on(job: Job) -> bool:
+    """Leave a mark that something was done; False on all ranks when one was asked to stop. A collective call."""
+    job.watch.progress(job.step)
+    return not job.watch.agreed_stop()
+
+
+def _written_at(job: Job) -> frozenset[str]:
+    """What the files hold of the evaluation of the step the run continues from; the same on all ranks."""
+
+    def written(file: str, key: str) -> bool:
+        return any(r["step"] == job.step and key in r for r in read_metrics(job.monitor.folder / file))
+
+    found = {file for file, key in ((METRICS, "validation_loss"), (SAMPLES, "prompt"))
+             if dist.is_main() and written(file, key)}  # fmt: skip
+    return dist.gather(frozenset(found))[0]
 
 
 def log_step(job: Job, done: StepResult, steps: int, tokens: int) -> None:
@@ -271,7 +302,7 @@ def log_step(job: Job, done: StepResult, steps: int, tokens: int) -> None:
     if job.engine.device.type == "cuda":
         torch.cuda.synchronize()  # only here: the parts are host times, their sum is true at the logging step
     parts = job.clock.take(steps)
-    aside = parts.get("seconds_validation", 0.0) + parts.get("seconds_save", 0.0)
+    aside = sum(parts.get(f"seconds_{name}", 0.0) for name in ("validation", "samples", "save"))
     seconds_training = parts["seconds_step"] - aside
     tokens_per_second = tokens / steps / seconds_training
     norm = done.grad_norm if done.grad_norm is not None else float(job.engine.get_global_grad_norm())

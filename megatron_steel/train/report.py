@@ -18,6 +18,7 @@ from typing import Any
 from megatron_steel import dist
 
 OPTION = "--reports="  # how the supervisor hands the folder to the ranks
+HISTORY = "launches.jsonl"  # in the run folder: a line for each start that has ended, by the supervisor
 _STOP = "stop"
 _LONGEST_ERROR = 8000
 

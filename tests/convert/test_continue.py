@@ -47,7 +47,8 @@ def renumbered(data, kept, folder):
 def loss_by_hand(model, recipe, old_ids):
     """The mean cross-entropy of the source over the run's validation blocks, over the words that are left."""
     total = count = 0
-    for batch in validation_batches_of(recipe, plan_run(recipe))():
+    (batches,) = validation_batches_of(recipe, plan_run(recipe)).values()
+    for batch in batches():
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             if (labels == -100).all():  # fills a batch
                 continue

@@ -35,6 +35,16 @@ def test_a_deterministic_bf16_run_resumes_bitwise(sharding, tiny_recipe, launch,
     assert _curve(straight) == _curve(cut)
 
 
+def test_texts_change_no_number(tiny_recipe, launch, metrics, tmp_path):
+    settings = ["train.precision=bf16", "train.deterministic=true", "train.eval_every_steps=2"]
+    launch(1, tiny_recipe, f"run.dir={tmp_path}/without", *settings)
+    launch(
+        1, tiny_recipe, f"run.dir={tmp_path}/with", *settings, "train.sample_prompts=[w5 w6]", "train.sample_tokens=4"
+    )
+    assert len((tmp_path / "with" / "samples.jsonl").read_text().splitlines()) == 3
+    assert _curve(metrics(tmp_path / "with")) == _curve(metrics(tmp_path / "without"))
+
+
 def test_out_of_memory_names_a_micro_batch_that_runs(tiny_recipe, launch, metrics, tmp_path):
     too_many = 2 * samples_that_fill(device_bytes())
     command = launch_command(1, tiny_recipe, *one_step(too_many, tmp_path / "full"))

@@ -1,0 +1,46 @@
+"""A dry run is a start that leaves nothing behind; the run after it is the run without it."""
+
+import hashlib
+import re
+
+from megatron_steel import cli
+
+
+def _tree(folder):
+    """Every path below a folder with what it holds and when it was written."""
+    return {
+        str(p.relative_to(folder)): (
+            p.stat().st_mtime_ns,
+            hashlib.md5(p.read_bytes()).hexdigest() if p.is_file() else "",
+        )
+        for p in folder.rglob("*")
+    }
+
+
+def _losses(rows):
+    return [(step, rows[step]["loss"], rows[step]["grad_norm"]) for step in sorted(rows)]
+
+
+def test_a_dry_run_leaves_nothing_and_changes_nothing(tiny_recipe, metrics, capsys, tmp_path, monkeypatch):
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+
+    def pretrain(name, *words):
+        assert cli.main(["pretrain", str(tiny_recipe), f"run.dir={tmp_path / name}", *words]) == 0
+        return capsys.readouterr().err
+
+    for steps in (3, 6):  # at the beginning, and from a checkpoint
+        words = (f"train.steps={steps}", "schedule.name=constant")
+        pretrain("without", *words)
+        before = _tree(tmp_path / "run") if (tmp_path / "run").exists() else None
+        said = pretrain("run", *words, "--dry-run")
+        assert (_tree(tmp_path / "run") if (tmp_path / "run").exists() else None) == before
+        assert not list(scratch.iterdir())
+        pretrain("run", *words)
+    assert _losses(metrics(tmp_path / "run")) == _losses(metrics(tmp_path / "without"))
+    losses = [float(loss) for loss in re.findall(r"dry run: step \d \| loss ([\d.]+)", said)]
+    assert losses == [round(metrics(tmp_path / "run")[step]["loss"], 4) for step in (4, 5)]
+    for wanted in ("audit:     causal", "s a step", "left:      3 steps, 768 tokens", "memory: ", "(2 at a time)"):
+        assert wanted in said or wanted.replace("2 at", "1 at") in said, said
+    assert "nothing to do" in pretrain("run", *words, "--dry-run")
