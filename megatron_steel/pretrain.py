@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import device as device_facts
-from megatron_steel import dist, preflight, run_folder
+from megatron_steel import dist, nodes_agree, preflight, run_folder
 from megatron_steel.errors import SteelError, Stopped
 from megatron_steel.recipe import Recipe, load_recipe
 
@@ -97,6 +97,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
 
     folder = Path(recipe.run.dir).expanduser()
     plan = preflight.plan_run(recipe)
+    nodes_agree.require(recipe, plan, folder)
     sharding = dist.together(lambda: engines.read_config(device_facts.sharding(recipe, plan, device)))
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
     assert config is not None
