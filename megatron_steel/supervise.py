@@ -31,7 +31,6 @@ from megatron_steel import dist
 from megatron_steel.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
-    EXIT_INTERNAL,
     EXIT_STOPPED,
     SteelError,
     Stopped,

@@ -1,7 +1,7 @@
 """Nodes that are this machine under two addresses: an sshd on each, with keys and settings of its own, reached by the real ssh.
 
 With `namespaces` each lives in a network namespace of its own, on a bridge, so that a node's network can be taken away.
-Everything lies in one folder and ends with the context.
+With `instead` the second one finds other folders under some paths. Everything lies in one folder and ends with the context.
 """
 
 import contextlib
@@ -54,8 +54,10 @@ def lacking(namespaces: bool = False) -> str:
 class Nodes:
     """Use as a context. `hosts`: their addresses; `environment`: what the supervisor needs to reach them."""
 
-    def __init__(self, folder: Path, namespaces: bool = False):
+    def __init__(self, folder: Path, namespaces: bool = False, instead: dict[Path, Path] | None = None):
         self.folder, self._namespaces = Path(folder), namespaces
+        binds = [f"mount --bind {other} {path}" for path, other in (instead or {}).items()]
+        self._mounts = ["unshare", "--mount", "sh", "-c", " && ".join([*binds, 'exec "$@"']), "sh"] if binds else []
         self.folder.mkdir(parents=True)
         self.hosts = ["10.83.7.2", "10.83.7.3"] if namespaces else ["127.0.0.2", "127.0.0.3"]
         self._servers: list[psutil.Popen] = []
@@ -86,6 +88,7 @@ class Nodes:
             config = folder / f"server-{number}"
             config.write_text(_SERVER.format(port=port, address=address, folder=folder))
             inside = ["ip", "netns", "exec", f"steel-{number}"] if self._namespaces else []
+            inside += self._mounts if number else []
             self._servers.append(psutil.Popen([*inside, SSHD, "-D", "-e", "-f", str(config)],
                                               stdout=subprocess.DEVNULL, stderr=(folder / f"log-{number}").open("w")))  # fmt: skip
         interface = "steel" if self._namespaces else "lo"
@@ -115,17 +118,9 @@ class Nodes:
         """The processes of sshd that serve a node's connections."""
         return [p for p in self.below(number) if "sshd" in p.name()]
 
-    def take_down(self, number: int) -> None:
-        """Kill the server and all that runs on the node: a machine that has lost its power."""
-        for process in [*self.below(number), self._servers[number]]:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        if self._namespaces:
-            self.cut(number)
-
-    def cut(self, number: int) -> None:
-        """Take a node's network away; its processes live on."""
-        _run("ip", "-n", f"steel-{number}", "link", "set", "steel", "down")
+    def network(self, number: int, state: str) -> None:
+        """Take a node's network `down`, while its processes live on; or `up` again."""
+        _run("ip", "-n", f"steel-{number}", "link", "set", "steel", state)
 
     def _connect(self) -> None:
         _run("ip", "link", "add", "steel-bridge", "type", "bridge")
