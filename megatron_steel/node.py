@@ -126,11 +126,12 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 def kill_earlier(reports: Path) -> list[int]:
-    """End what earlier starts of the same run have left on this machine: nobody else can reach it. Returns the processes.
+    """End what earlier starts by the same supervisor have left on this machine. Returns the processes.
 
-    `reports`: the folder of the start to come; those of all starts lie beside each other and stand in command lines.
+    `reports`: the folder of the start to come, `.launch-HOST-PID-NUMBER-...`, which stands in command lines. Another
+    supervisor's job in the same run folder is none of ours: the folder's lock refuses one of the two.
     """
-    beside, own = f"{report.OPTION}{reports.parent}/{report.MARK}", f"{report.OPTION}{reports}"
+    beside, own = f"{report.OPTION}{reports.parent}/{reports.name.rsplit('-', 2)[0]}-", f"{report.OPTION}{reports}"
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or ()

@@ -243,7 +243,7 @@ class Supervisor:
 
     def _reports_folder(self, number: int) -> Path:
         """A fresh folder for the ranks of one start, inside the run folder, which all nodes see."""
-        mark = f"{report.MARK}{socket.gethostname()}-"
+        mark = f".launch-{socket.gethostname()}-"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=f"{mark}{os.getpid()}-{number}-", dir=self._folder))

@@ -3,11 +3,13 @@
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 
-from megatron_steel import cli, hosts
+from megatron_steel import cli, hosts, node
 from megatron_steel.errors import SteelError
 from megatron_steel.hosts import Host, read_hostfile
 from megatron_steel.nodes_agree import differences
@@ -98,3 +100,17 @@ def test_nodes_that_differ_are_named_with_both_values():
     assert "version of torch\n        2.13.0 on a (rank 0)\n        2.12.1 on c (rank 16)" in told.what
     lacking = differences([("a", same), ("b", {})])
     assert "2.13.0 on a\n        not there on b" in lacking.what
+
+
+def test_a_node_ends_what_its_own_supervisor_has_left_and_nothing_else(tmp_path):
+    """Another supervisor that was started by mistake on the same run folder must not kill a job that trains there."""
+    names = (".launch-a-17-1-x_y", ".launch-a-170-1-zz", ".launch-b-17-1-x_y", ".launch-a-17-2-now")
+    code = "import time; time.sleep(60)"
+    started = [subprocess.Popen([sys.executable, "-c", code, f"--reports={tmp_path}/{name}"]) for name in names]
+    try:
+        assert node.kill_earlier(tmp_path / names[-1]) == [started[0].pid]
+        assert [process.poll() is None for process in started] == [False, True, True, True]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()

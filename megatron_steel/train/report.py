@@ -18,7 +18,6 @@ from typing import Any
 from megatron_steel import dist
 
 OPTION = "--reports="  # how the supervisor hands the folder to the ranks
-MARK = ".launch-"  # how the folders begin, one a start, that lie in a run folder
 _STOP = "stop"
 _LONGEST_ERROR = 8000
 

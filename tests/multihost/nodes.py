@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 SSHD = "/usr/sbin/sshd"
+_PRIVATE = Path("/run/sshd")
 _SERVER = """Port {port}
 ListenAddress {address}
 HostKey {folder}/host
@@ -61,6 +62,7 @@ class Nodes:
         self.folder.mkdir(parents=True)
         self.hosts = ["10.83.7.2", "10.83.7.3"] if namespaces else ["127.0.0.2", "127.0.0.3"]
         self._servers: list[psutil.Popen] = []
+        self._made_private = False
 
     def __enter__(self) -> "Nodes":
         try:
@@ -80,8 +82,9 @@ class Nodes:
         (folder / "bin").mkdir()
         (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/client "$@"\n')
         (folder / "bin" / "ssh").chmod(0o755)
-        if os.geteuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)  # sshd will not start as root without it
+        if os.geteuid() == 0 and not _PRIVATE.exists():  # sshd will not start as root without it
+            _PRIVATE.mkdir()
+            self._made_private = True
         if self._namespaces:
             self._connect()
         for number, address in enumerate(self.hosts):
@@ -105,6 +108,9 @@ class Nodes:
                 for process in [*server.children(recursive=True), server]:
                     process.kill()
             server.wait()
+        if self._made_private:
+            with contextlib.suppress(OSError):
+                _PRIVATE.rmdir()
         if self._namespaces:
             for number in range(len(self.hosts)):
                 subprocess.run(["ip", "netns", "delete", f"steel-{number}"], capture_output=True)

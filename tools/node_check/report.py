@@ -11,7 +11,9 @@ def verdicts(results: Results) -> list[tuple[str, bool | None, str]]:
     """(what, does it hold, in words); None: it did not run."""
     found = []
     stages = results["stages"]
-    if isinstance(stages, list):
+    if not isinstance(stages, list):
+        found.append(("ZeRO 0, 1, 3 beside fp32", False, stages["failed"]))
+    else:
         for row in stages[1:]:
             apart = row["from_fp32"]
             held = row["code"] == 0 and apart is not None and apart < BF16_FROM_FP32
