@@ -19,7 +19,7 @@ RESULTS = {
                for name, apart in (("fp32-zero0", 0.0), ("bf16-zero1", 0.004), ("bf16-zero3", 0.005))],
     "kill": {"code": 0, "resumed_after": 41.0, "steps": 40, "difference": 0.0, "said": ""},
     "speed": {"code": 0, "said": "", "toy": False, "tokens_per_second": 50_000.0, "share_of_peak": 0.42, "memory_gib": 60.0,
-              "save_seconds": 9.0, "save_bytes": 14e9, "batch": 128},
+              "save_seconds": 9.0, "save_bytes": 14e9, "settings": ["train.micro_batch_size=8"]},
     "plan": {"command": "plan zh-1b --gpus 2xH100", "tokens_per_second": 40_000.0},
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ def report(monkeypatch):
 def test_what_held_becomes_a_row_and_what_did_not_is_said(report):
     text = report.as_markdown(RESULTS)
     assert report.all_hold(RESULTS)
-    assert "| zh-1b at its own size, 128 samples a step | 50,000 tokens/s (median) |" in text
+    assert "| zh-1b at its own size: train.micro_batch_size=8 | 50,000 tokens/s (median) |" in text
     assert "says 40,000: measured 1.25 of it" in text
     assert "column “several GPUs”" in text
     row = "| bf16, ZeRO-3: 40 steps like fp32's | ran at commit abc1234 (2 x NVIDIA H100 80GB HBM3) |"

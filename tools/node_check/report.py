@@ -120,7 +120,7 @@ def _kill_and_speed(results: Results) -> str:
         said = f"not run ({plan.get('not run') or plan.get('failed') or 'it gave no tokens/s'})"
     return "\n".join([
         "## Speed and a save", "| | |", "|---|---|",
-        f"| {size}, {speed['batch']} samples a step | {_number(speed['tokens_per_second'], ',.0f')} tokens/s (median) |",
+        f"| {size}: {' '.join(speed['settings'])} | {_number(speed['tokens_per_second'], ',.0f')} tokens/s (median) |",
         f"| share of the nominal peak | {_number(speed['share_of_peak'], '.1%')} |",
         f"| memory of a rank | {_number(speed['memory_gib'], '.1f')} GiB |", f"| a save | {saved} |", f"| the plan | {said} |",
     ])  # fmt: skip

@@ -50,8 +50,9 @@ def run_all(folder: Path, ranks: int | None) -> Results:
     done: dict[str, runs.Run] = {}
     trial("stages", lambda: _stages(folder, ranks, small, done))
     trial("kill", lambda: _kill(folder, ranks, small, done))
-    trial("speed", lambda: _speed(folder, ranks, gpu))
-    trial("plan", lambda: _plan(machine, ranks))
+    words = _real_words(ranks, machine["gpu_gib"]) if gpu else [*_TOY, f"train.global_batch_size={8 * ranks}"]
+    trial("speed", lambda: _speed(folder, ranks, gpu, words))
+    trial("plan", lambda: _plan(folder, machine, ranks, words))
     results["seconds"] = time.time() - results["began"]
     return results
 
@@ -91,33 +92,41 @@ def _kill(folder: Path, ranks: int, small: str, done: dict[str, runs.Run]) -> di
             "difference": _largest_difference(killed.rows, straight), "said": "" if killed.code == 0 else killed.said[-400:]}  # fmt: skip
 
 
-def _speed(folder: Path, ranks: int, gpu: bool) -> dict[str, Any]:
+def _real_words(ranks: int, gib: float) -> list[str]:
+    """The real recipe's settings on GPUs of so much memory: 64 samples a rank and step, as eight GPUs have in its own run."""
+    micro = 8 if gib > 70 else 2 if gib > 38 else 1
+    stage = "zero3.json" if gib < 38 and ranks > 1 else "zero1.json"
+    return [f"train.global_batch_size={64 * ranks}", f"train.micro_batch_size={micro}", f"deepspeed.config={stage}",
+            f"train.activation_checkpointing={str(gib < 38).lower()}"]  # fmt: skip
+
+
+def _speed(folder: Path, ranks: int, gpu: bool, words: list[str]) -> dict[str, Any]:
     """Tokens per second and a save of the recipe at its own size (without a GPU: a toy of it)."""
-    batch = (64 if gpu else 8) * ranks
-    words = [*([] if gpu else _TOY), "train.tokens=null", "train.steps=14", f"train.global_batch_size={batch}",
-             "train.log_every_steps=1", "train.save_every_steps=8", "schedule.name=constant", "schedule.warmup_steps=2",
-             f"tokenizer.path={folder}/tokenizer", f"data.train={folder}/data", "data.validation=null"]  # fmt: skip
-    run = runs.train(folder, "speed", ranks, REAL, *words)
+    short = ["train.tokens=null", "train.steps=14", "train.log_every_steps=1", "train.save_every_steps=8",
+             "schedule.name=constant", "schedule.warmup_steps=2", f"tokenizer.path={folder}/tokenizer",
+             f"data.train={folder}/data", "data.validation=null"]  # fmt: skip
+    run = runs.train(folder, "speed", ranks, REAL, *words, *short)
     saves = [row["seconds_save"] for row in run.rows.values() if row.get("seconds_save")]
     manifests = sorted((folder / "speed" / "checkpoints").glob("step-*/manifest.json"))
     entries = json.loads(manifests[-1].read_text(encoding="utf-8"))["files"].values() if manifests else []
-    return {"code": run.code, "said": "" if run.code == 0 else run.said[-400:], "toy": not gpu,
+    return {"code": run.code, "said": "" if run.code == 0 else run.said[-400:], "toy": not gpu, "settings": words,
             "tokens_per_second": run.median("tokens_per_second"), "share_of_peak": run.median("share_of_peak"),
             "memory_gib": run.median("memory_gib"), "save_seconds": saves[0] if saves else None,
-            "save_bytes": sum(entry["size"] for entry in entries), "batch": batch}  # fmt: skip
+            "save_bytes": sum(entry["size"] for entry in entries)}  # fmt: skip
 
 
-def _plan(machine: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """What `megatron-steel plan` says of the same recipe on these GPUs."""
+def _plan(folder: Path, machine: dict[str, Any], ranks: int, words: list[str]) -> dict[str, Any]:
+    """What `megatron-steel plan` says of the same recipe and settings on these GPUs."""
     if not machine["gpus"]:
         return {"not run": "no GPU here"}
-    name = _plan_name(machine["gpus"][0], machine["gpu_gib"])
-    command = [sys.executable, "-m", "megatron_steel.cli", "plan", REAL, "--gpus", f"{ranks}x{name}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=runs.ROOT)
+    gpus, out = f"{ranks}x{_plan_name(machine['gpus'][0], machine['gpu_gib'])}", folder / "plan.json"
+    command = ["megatron-steel", "plan", REAL, "--gpus", gpus, *words]
+    asked = [sys.executable, "-m", "megatron_steel.cli", *command[1:], "--json", str(out)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=300, cwd=runs.ROOT)
     if done.returncode != 0:
         return {"not run": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
-    rate = re.search(r"([\d,]+(?:\.\d+)?)\s*tokens/s", done.stdout)
-    return {"command": " ".join(command[3:]), "tokens_per_second": float(rate[1].replace(",", "")) if rate else None}
+    as_it_is = json.loads(out.read_text(encoding="utf-8")).get("recipe_as_it_is") or {}
+    return {"command": " ".join(command), "tokens_per_second": as_it_is.get("tokens_per_second")}
 
 
 def _plan_name(device: str, gib: float) -> str:
