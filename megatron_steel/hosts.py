@@ -114,7 +114,11 @@ class Cluster:
             told = "\n    ".join(f"{h.name}: {answers[h.name]}" for h in silent)
             if not self._started:
                 what = f"{len(silent)} of {len(self._hosts)} nodes cannot be used:\n    {told}"
-                raise SteelError(what, "host file", f"mend them, or take them out of the host file; {_SAME_PATHS}")
+                raise SteelError(
+                    what,
+                    ", ".join(h.name for h in silent),
+                    f"mend them, or take them out of the host file; {_SAME_PATHS}",
+                )
             while there and not self._cuts(sum(h.slots for h in there)):
                 there.pop()
             left = until - time.monotonic()
@@ -122,9 +126,8 @@ class Cluster:
                 raise Stopped("stopped on request while nodes were lost; the same command goes on from there")
             if there and left < 0:
                 break
-            dist.log.warning(
-                "waiting for %d lost nodes (%.0f s more, then without them):\n    %s", len(silent), left, told
-            )
+            then = f"{left:.0f} s more, then without them" if there else "the batch cannot be cut for the others alone"
+            dist.log.warning("waiting for %d lost nodes (%s):\n    %s", len(silent), then, told)
             _pause(15.0, wanted)
         if len(there) < len(self._hosts):
             dist.log.warning("going on with %d of %d nodes: %s", len(there), len(self._hosts), [h.name for h in there])

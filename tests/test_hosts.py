@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -114,3 +115,29 @@ def test_a_node_ends_what_its_own_supervisor_has_left_and_nothing_else(tmp_path)
         for process in started:
             process.kill()
             process.wait()
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """In place of ssh: the command that it would hand to the node's shell runs in this one."""
+    (tmp_path / "bin").mkdir()
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.write_text('#!/bin/sh\nfor word; do :; done\nexec sh -c "$word"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(hosts.__file__).resolve().parents[1]))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(hosts, "_SEES_IN", 0.0)
+
+
+def test_a_node_says_what_it_lacks(shell, tmp_path, monkeypatch):
+    (tmp_path / "run" / ".launch-x").mkdir(parents=True)
+    question = {"first": "127.0.0.1", "folder": str(tmp_path / "run"), "name": ".launch-x"}
+    here = Host("here", 1)
+    answer = hosts._ask(here, question)
+    assert (answer["sees"], answer["first"]) == (True, "127.0.0.1")
+    assert 0 < int(answer["port"]) < 65536
+    assert "must lie on a disk that all nodes share" in hosts._ask(here, question | {"name": ".launch-y"})
+    assert "cannot resolve no-such-node.invalid" in hosts._ask(here, question | {"first": "no-such-node.invalid"})
+    monkeypatch.setattr(hosts.sys, "executable", "/no/such/python")
+    assert "it answers, but /no/such/python -m megatron_steel.node fails there" in hosts._ask(here, question)
