@@ -29,9 +29,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 JobRequeue=1
 KillWait=30
-NodeName=localhost NodeHostname={machine} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
+NodeName={machine} NodeHostname={machine} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
 NodeName=other NodeHostname={machine} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
-PartitionName=all Nodes=localhost,other Default=YES MaxTime=60 State=UP
+PartitionName=all Nodes={machine},other Default=YES MaxTime=60 State=UP
 """
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
@@ -69,7 +69,7 @@ class Slurm:
             self._start("munged", "--foreground", "--force", *words)
             self._until(lambda: (folder / "munge.socket").exists(), "munged")
             self._start("slurmctld", "-D", "-c")
-            for name in ("localhost", "other"):
+            for name in (socket.gethostname(), "other"):
                 self._start("slurmd", "-D", "-N", name)
             self._until(lambda: self("sinfo", "-h", "-o", "%D %t") == "2 idle", "two idle nodes")
         except BaseException:
