@@ -3,7 +3,7 @@
 import datetime
 from typing import Any
 
-BF16_FROM_FP32 = 0.03  # a loss of 6 to 3 over 40 steps; the stages differ among each other by less
+BF16_FROM_FP32 = 0.02  # of a loss that falls from 6.2 to 4.9; 0.0006 was seen at toy size on two CPU ranks
 Results = dict[str, Any]
 
 
@@ -34,7 +34,8 @@ def verdicts(results: Results) -> list[tuple[str, bool | None, str]]:
         found.append(("SIGKILL of a rank, restart, resume", None if ended else False, words))
     speed = results["speed"]
     words = _failure(speed) if speed.get("code") else f"{speed.get('tokens_per_second') or 0:,.0f} tokens/s"
-    found.append(("the speed run ends with 0", speed.get("code") == 0, words))
+    what = "a toy of zh-1b trains and saves" if speed.get("toy") else "zh-1b at its own size trains and saves, 14 steps"
+    found.append((what, speed.get("code") == 0, words))
     if "failed" in results["ceilings"]:
         found.append(("ceilings", False, results["ceilings"]["failed"]))
     return found
