@@ -1,4 +1,4 @@
-"""Several nodes, one job: the same recipe, data, tokenizer, model and versions on each, and one run folder for all.
+"""Several nodes, one job: the same recipe, data, tokenizer, model, sharding and versions on each, and one run folder for all.
 
 Each node opens its own copy of the data, so before anything is built its first rank says what it has found there. Other
 content would train on without a word, each rank on its own numbers. Knows nothing of how nodes are reached.
@@ -24,11 +24,18 @@ Facts = dict[str, str]
 """what it is -> its value, each short enough to be read"""
 
 
-def require(recipe: Recipe, plan: RunPlan, folder: Path) -> None:
-    """Raise SteelError on all ranks where a node differs from the first, or does not see the run folder; a collective call."""
+def require(recipe: Recipe, plan: RunPlan, sharding: dict[str, Any], folder: Path) -> None:
+    """Raise SteelError on all ranks where a node differs from the first, or does not see the run folder; a collective call.
+
+    `sharding`: DeepSpeed's file as this node has read it; `auto` may choose another where GPUs differ.
+    """
     if not dist.several_nodes():
         return
-    mine = (f"{socket.gethostname()} (rank {dist.rank()})", facts_of(recipe, plan)) if dist.is_first_of_node() else None
+    mine = (
+        (f"{socket.gethostname()} (rank {dist.rank()})", facts_of(recipe, plan, sharding))
+        if dist.is_first_of_node()
+        else None
+    )
     nodes = [node for node in dist.gather(mine) if node]
     problem = differences(nodes)
     if problem:
@@ -36,13 +43,14 @@ def require(recipe: Recipe, plan: RunPlan, folder: Path) -> None:
     _require_shared(folder)
 
 
-def facts_of(recipe: Recipe, plan: RunPlan) -> Facts:
+def facts_of(recipe: Recipe, plan: RunPlan, sharding: dict[str, Any]) -> Facts:
     """What must be equal on all nodes."""
     from megatron_steel.train.state import versions
 
     facts = {f"version of {name}": version for name, version in versions().items()}
     facts |= _flat("recipe: ", recipe.to_dict())
     facts["tokenizer.path: fingerprint"] = str(plan.tokenizer["fingerprint"])
+    facts |= _flat("deepspeed.config: ", sharding)
     facts |= _flat("model configuration: ", json.loads(json.dumps(plan.config.to_dict(), default=str)))
     for key, members in (("data.train", plan.train), ("data.validation", plan.validation)):
         for m in members:

@@ -97,8 +97,8 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
 
     folder = Path(recipe.run.dir).expanduser()
     plan = preflight.plan_run(recipe)
-    nodes_agree.require(recipe, plan, folder)
     sharding = dist.together(lambda: engines.read_config(device_facts.sharding(recipe, plan, device)))
+    nodes_agree.require(recipe, plan, sharding or {}, folder)
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
     assert config is not None
     seen = published(folder / "checkpoints")

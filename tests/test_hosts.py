@@ -13,7 +13,7 @@ import pytest
 from megatron_steel import cli, hosts, node
 from megatron_steel.errors import SteelError
 from megatron_steel.hosts import Host, read_hostfile
-from megatron_steel.nodes_agree import differences
+from megatron_steel.nodes_agree import differences, facts_of
 
 
 def _file(tmp_path, text):
@@ -101,6 +101,25 @@ def test_nodes_that_differ_are_named_with_both_values():
     assert "version of torch\n        2.13.0 on a (rank 0)\n        2.12.1 on c (rank 16)" in told.what
     lacking = differences([("a", same), ("b", {})])
     assert "2.13.0 on a\n        not there on b" in lacking.what
+
+
+def test_what_each_node_says_of_a_run(tiny_recipe):
+    from megatron_steel import preflight
+    from megatron_steel.recipe import load_recipe
+
+    recipe = load_recipe(str(tiny_recipe), [])
+    plan = preflight.plan_run(recipe)
+    facts = facts_of(recipe, plan, {"zero_optimization": {"stage": 3}})
+    assert facts[f"data.train, {recipe.data.train}: digest"] == plan.train[0].digest
+    assert facts[f"data.validation, {recipe.data.validation}: tokens"] == f"{plan.validation[0].tokens:,}"
+    assert facts["tokenizer.path: fingerprint"] == plan.tokenizer["fingerprint"]
+    assert facts["model configuration: hidden_size"] == "32"
+    assert {"version of torch", "version of deepspeed", "version of megatron_steel"} <= facts.keys()
+    other = facts_of(load_recipe(str(tiny_recipe), ["optim.lr=2e-2"]), plan, {"zero_optimization": {"stage": 2}})
+    told = differences([("a", facts), ("b", other)]).what
+    assert "recipe: optim.lr\n        0.01 on a\n        0.02 on b" in told
+    assert "deepspeed.config: zero_optimization.stage\n        3 on a\n        2 on b" in told
+    assert told.count(" on b") == 2
 
 
 def test_a_node_ends_what_its_own_supervisor_has_left_and_nothing_else(tmp_path):
