@@ -1,4 +1,7 @@
-"""A Slurm of two nodes on this machine: its real daemons, with settings, keys and state in one folder."""
+"""A Slurm of two nodes on this machine: its real daemons, with settings, keys and state in one folder.
+
+The first in the order of names is called as the machine is, since there the ranks meet.
+"""
 
 import os
 import shutil
@@ -30,8 +33,8 @@ SelectTypeParameters=CR_CPU
 JobRequeue=1
 KillWait=30
 NodeName={machine} NodeHostname={machine} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
-NodeName=other NodeHostname={machine} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
-PartitionName=all Nodes={machine},other Default=YES MaxTime=60 State=UP
+NodeName={machine}-b NodeHostname={machine} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
+PartitionName=all Nodes={machine},{machine}-b Default=YES MaxTime=60 State=UP
 """
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
@@ -69,7 +72,7 @@ class Slurm:
             self._start("munged", "--foreground", "--force", *words)
             self._until(lambda: (folder / "munge.socket").exists(), "munged")
             self._start("slurmctld", "-D", "-c")
-            for name in (socket.gethostname(), "other"):
+            for name in (socket.gethostname(), f"{socket.gethostname()}-b"):
                 self._start("slurmd", "-D", "-N", name)
             self._until(lambda: self("sinfo", "-h", "-o", "%D %t") == "2 idle", "two idle nodes")
         except BaseException:
