@@ -12,5 +12,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy
-shellcheck launch/*.sh .ci/run
+shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 pytest -m "not slow" -n 2 --dist loadfile "$@"

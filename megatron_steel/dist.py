@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +46,10 @@ def ranks_on_node() -> int:
 
 def is_first_of_node() -> bool:
     return local_rank() == 0
+
+
+def several_nodes() -> bool:
+    return world_size() > ranks_on_node()
 
 
 def is_main() -> bool:
@@ -150,6 +155,8 @@ def together(action: Callable[[], T], only: bool = True) -> T | None:
             result = action()
         except SteelError as error:
             problem = error
+            if several_nodes() and not error.shared:  # the same path may be another file there
+                error.where += f" on {socket.gethostname()}"
         except Exception as error:
             log.exception("rank %d failed", rank())
             problem = TrainingError(f"{type(error).__name__}: {error}", f"rank {rank()}", "see the traceback above")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import device as device_facts
-from megatron_steel import dist, preflight, rehearsal, run_folder
+from megatron_steel import dist, nodes_agree, preflight, rehearsal, run_folder
 from megatron_steel.errors import SteelError, Stopped
 from megatron_steel.recipe import Recipe, load_recipe
 
@@ -101,6 +101,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     dist.together(lambda: engines.refuse_precision(recipe.train.precision, device))
     plan = preflight.plan_run(recipe)
     sharding = dist.together(lambda: engines.read_config(device_facts.sharding(recipe, plan, device)))
+    nodes_agree.require(recipe, plan, sharding or {}, folder)
     config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
     chosen = dist.together(lambda: device_facts.kernels(recipe, plan, device))
     assert config is not None

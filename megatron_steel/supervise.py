@@ -1,15 +1,16 @@
 """`megatron-steel launch`: keep a job running until it is complete, is asked to stop, or cannot go on.
 
-1. `launch` reads the recipe, so that a mistake in it ends before anything starts, and hands a command to `Supervisor`.
+1. `launch` reads the recipe, so that a mistake in it ends before anything starts, and hands `Supervisor` a way to start.
 2. `Supervisor.run` starts `deepspeed` again and again: each start ends in an `Outcome`, and `_next` decides.
-3. `_one_start` waits for the launcher and its ranks, passes a stop on to all of them at once, and leaves no process.
+3. `_one_start` waits for the launchers and their ranks, passes a stop on to all of them at once, and leaves no process.
+
+A job has one part on this machine (`node.Launched`), or one on each node of a host file (`hosts.Remote`).
 
 It wraps DeepSpeed's launcher and never trusts its exit code: what ranks report (`train/report.py`) is the truth, and
 where the run stands is found by scanning its checkpoints. Knows nothing of how training works.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,12 +31,13 @@ from megatron_steel import dist
 from megatron_steel.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
-    EXIT_INTERNAL,
     EXIT_STOPPED,
     SteelError,
     Stopped,
     TrainingError,
 )
+from megatron_steel.hosts import Cluster, read_hostfile
+from megatron_steel.node import LEFT_END_IN, Launched, free_port
 from megatron_steel.signals import stop_signals
 from megatron_steel.train import report
 from megatron_steel.train.outcome import Outcome, judge
@@ -43,8 +47,10 @@ _FAILURES_WITHOUT_PROGRESS = 10
 _LONGEST_PAUSE = 300.0  # seconds between two starts
 _LOOK_EVERY = 0.2
 _FAILED_ENDS_IN = 5.0  # seconds that the other ranks have after one has failed
-_LEFT_END_IN = 660.0  # seconds for ranks that save because their launcher has died; they end themselves sooner if stuck
-_PR_SET_PDEATHSIG = 1
+_LOST_NODE_ENDS_IN = 60.0  # seconds that ranks have after the way to a node is lost: if it lives, they may save
+_LOST = 255  # of ssh and srun
+Start = Callable[[Path, list[str], Callable[[], bool]], "list[Any]"]
+"""(folder of reports, the launcher's words, is a stop wanted?) -> the job's parts, started"""
 
 
 def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: str | None) -> None:
@@ -55,14 +61,15 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
         Stopped: stopped on request; everything is saved.
         TrainingError: the job failed while it was stopping.
     """
-    from megatron_steel.recipe import load_recipe
+    from megatron_steel.recipe import accumulation_steps, load_recipe
     from megatron_steel.run_folder import refuse_used
 
     resolved = load_recipe(recipe, overrides)
-    if hostfile and not Path(hostfile).is_file():
-        raise SteelError("there is no such host file", hostfile, "write one line a node: HOSTNAME slots=GPUS")
     if num_gpus is not None and num_gpus < 1:
         raise SteelError(f"{num_gpus} ranks cannot train", "--num_gpus", "give at least 1, or leave it out")
+    hosts = read_hostfile(hostfile, num_gpus) if hostfile else []
+    if hosts:
+        accumulation_steps(resolved.train, sum(host.slots for host in hosts))
     folder = Path(resolved.run.dir).expanduser().absolute()
     words = [recipe, *overrides]
     if resolved.train.resume == "never":  # asked of the folder as it is now; later starts go on with this run's own
@@ -70,10 +77,22 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
         words.append("train.resume=auto")
     supervisor = Supervisor(folder, words, resolved.train.stop_after_minutes)
     with supervisor.listening():
-        where = ["--hostfile", hostfile] if hostfile else []
-        if num_gpus is None and not hostfile and not _sees_gpus():
-            num_gpus = 2
-        supervisor.run([*where, *ranks_options(num_gpus, bool(hostfile))])
+        if hosts:
+            train = resolved.train
+            cuts = lambda ranks: train.global_batch_size % (train.micro_batch_size * ranks) == 0  # noqa: E731
+            supervisor.run(Cluster(hosts, cuts).start)
+        else:
+            supervisor.run(on_this_machine(num_gpus))
+
+
+def on_this_machine(num_gpus: int | None) -> Start:
+    """A job of one part; a rank per GPU where `num_gpus` is None, or two without one."""
+    options = ranks_options(2 if num_gpus is None and not _sees_gpus() else num_gpus)
+
+    def start(reports: Path, words: list[str], wanted: Callable[[], bool]) -> list[Launched]:
+        return [Launched([*options, "--master_port", free_port(), *words])]
+
+    return start
 
 
 class Supervisor:
@@ -108,13 +127,13 @@ class Supervisor:
         self._now |= number == signal.SIGINT and self._asked == "SIGINT"  # the second Ctrl-C means now
         self._asked = self._asked or signal.Signals(number).name
 
-    def run(self, where: list[str]) -> None:
-        """Start the job until it ends for good; how, is said as by `launch`. `where`: the launcher's options for nodes and ranks."""
+    def run(self, start: Start) -> None:
+        """Start the job until it ends for good; how, is said as by `launch`."""
         pause, number = 0.0, 0
         while True:
             self._sleep(pause)
             number, began = number + 1, time.time()
-            outcome = self._one_start(number, where)
+            outcome = self._one_start(number, start)
             self._remember(began, outcome)
             if outcome.exit_code == EXIT_DONE:
                 return
@@ -148,74 +167,59 @@ class Supervisor:
                              f"starting again will not help: mend the cause first\n{_indented(outcome.detail)}")  # fmt: skip
         return min(_LONGEST_PAUSE, 3.0 ** (idle - 1))
 
-    def _one_start(self, number: int, where: list[str]) -> Outcome:
-        """Run the launcher once, to the end of its last process."""
+    def _one_start(self, number: int, start: Start) -> Outcome:
+        """Start the job once, to the end of its last process."""
         reports = self._reports_folder(number)
+        words = ["--module", "megatron_steel.pretrain", f"{report.OPTION}{reports}", *self._words]
         try:
-            launcher = self._start(reports, where)
+            parts = start(reports, words, self._wanted)
             try:
-                self._wait(launcher, reports)
+                first = self._wait(parts, reports)
             finally:
-                left = _processes(reports)
-                if launcher.poll() is None:
-                    launcher.kill()
-                kill([process for process in left if process.pid != launcher.pid])  # ours to wait for: it has the code
-                code = launcher.wait()
-            return judge(report.read_all(reports), code, {process.pid for process in left}, self._asked is not None)
+                with ThreadPoolExecutor(len(parts)) as pool:
+                    killed = set().union(*pool.map(lambda part: part.end(), parts))
+            code = first.poll()
+            return judge(report.read_all(reports), code, killed, self._asked is not None, first.name)
         finally:
             shutil.rmtree(reports, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self._folder.rmdir()  # a run that never began leaves no folder
 
-    def _start(self, reports: Path, where: list[str]) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", free_port(), "--module",
-                   "megatron_steel.pretrain", f"{report.OPTION}{reports}", *self._words]  # fmt: skip
-        parent, libc = os.getpid(), ctypes.CDLL(None)
-
-        def die_with_parent() -> None:
-            # SLURM tells every process: ranks listen, launchers would die of it.
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # its ranks notice, save and leave
-            if os.getppid() != parent:
-                os._exit(EXIT_INTERNAL)
-
-        # A session of its own: Ctrl-C in a terminal shall reach this process alone, which tells all ranks at once.
-        return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
-
-    def _wait(self, launcher: "subprocess.Popen[bytes]", reports: Path) -> None:
-        """Until nothing of the job lives, or what lives must be killed."""
+    def _wait(self, parts: list[Any], reports: Path) -> Any:
+        """Until nothing of the job lives, or what lives must be killed. Returns the part whose launcher failed first."""
         told, kill_at = False, float("inf")
+        failed = None
         while True:
             if self._wanted() and not told:
                 dist.log.info("asked to stop (%s): every rank saves at the end of its step", self._asked)
-                self._tell(reports)
+                self._tell(parts, reports)
                 told = True
             now = time.monotonic()
-            ranks = report.read_all(reports)
-            codes = [r["exit_code"] for r in ranks]
-            if launcher.poll() is not None:
-                elsewhere = any(r["host"] != socket.gethostname() and r["exit_code"] is None for r in ranks)
-                if not elsewhere and not _processes(reports):
-                    return
-                kill_at = min(kill_at, now + _LEFT_END_IN)
+            failed = failed or next((part for part in parts if part.poll()), None)
+            codes = [r["exit_code"] for r in report.read_all(reports)]
+            if all(part.gone() for part in parts):
+                break
+            if any(part.poll() is not None for part in parts):
+                kill_at = min(kill_at, now + LEFT_END_IN)
+            if any(part.name and part.poll() == _LOST for part in parts):
+                kill_at = min(kill_at, now + _LOST_NODE_ENDS_IN)
             if any(code not in (None, EXIT_DONE, EXIT_STOPPED) for code in codes):
                 kill_at = min(kill_at, now + _FAILED_ENDS_IN)
             if codes and None not in codes:  # all have said their last word
                 kill_at = min(kill_at, now + 2 * _FAILED_ENDS_IN)
             if self._now or now > kill_at:
-                return
+                break
             time.sleep(_LOOK_EVERY)
+        return failed or parts[0]
 
-    def _tell(self, reports: Path) -> None:
-        """Ask every rank to stop: by a file, or where the disk is full by a signal to those of this machine."""
+    def _tell(self, parts: list[Any], reports: Path) -> None:
+        """Ask every rank to stop: by a file, or where the disk is full by a signal."""
         try:
             report.ask_to_stop(reports, str(self._asked))
         except OSError as error:
-            dist.log.warning("%s: %s; the ranks of this machine are signalled instead", reports, error)
-            for process in _processes(reports):
-                words = process.cmdline()
-                if "deepspeed.launcher.launch" not in words and any(w.startswith("--local_rank=") for w in words):
-                    process.send_signal(signal.SIGTERM)
+            dist.log.warning("%s: %s; the ranks are signalled instead", reports, error)
+            for part in parts:
+                part.tell()
 
     def _wanted(self) -> bool:
         """True when this process was asked to stop."""
@@ -261,50 +265,17 @@ class Supervisor:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def ranks_options(num_gpus: int | None, nodes: bool = False) -> list[str]:
+def ranks_options(num_gpus: int | None) -> list[str]:
     """The launcher's options for the number of ranks. With `--num_gpus` it would forget CUDA_VISIBLE_DEVICES."""
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if num_gpus is None:
         return []
-    if nodes or not visible or not _sees_gpus():
+    if not visible or not _sees_gpus():
         return ["--num_gpus", str(num_gpus)]
     if num_gpus > len(visible):
         what = f"{num_gpus} ranks, but {len(visible)} GPUs in CUDA_VISIBLE_DEVICES"
         raise SteelError(what, "--num_gpus", "ask for fewer, or show more")
     return ["--include", "localhost:" + ",".join(visible[:num_gpus])]
-
-
-def _processes(reports: Path) -> list[Any]:
-    """The processes of one start that live on this machine: its folder stands in their command lines; and their children."""
-    import psutil
-
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter(["cmdline", "status"]):
-        if process.info["status"] == psutil.STATUS_ZOMBIE or f"{report.OPTION}{reports}" not in (
-            process.info["cmdline"] or ()
-        ):
-            continue
-        found[process.pid] = process
-        with contextlib.suppress(psutil.Error):
-            found |= {child.pid: child for child in process.children(recursive=True)}
-    return list(found.values())
-
-
-def kill(processes: list[Any]) -> None:
-    """Kill processes and wait until they are gone."""
-    import psutil
-
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(processes, timeout=10)
-
-
-def free_port() -> str:
-    """A port for the rendezvous that nobody listens on now; should it be taken in between, the next start has another."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
 
 
 def _sees_gpus() -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_steel import dist, supervise
+from megatron_steel import dist, node, supervise
 from megatron_steel.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -170,13 +170,13 @@ def _launch(ranks: int, work: Path) -> None:
 
     start = _START + secrets.token_hex(8)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *supervise.ranks_options(ranks),
-               "--master_port", supervise.free_port(), "--module", _MODULE, str(work), start]  # fmt: skip
+               "--master_port", node.free_port(), "--module", _MODULE, str(work), start]  # fmt: skip
     before = {number: signal.signal(number, ask) for number in stop_signals()}
     launcher = subprocess.Popen(command, start_new_session=True, env=_environment(ranks))
     try:
         _wait(launcher, work, start, asked)
     finally:
-        supervise.kill(_ranks(work, start))
+        node.kill(_ranks(work, start))
         if launcher.poll() is None:
             launcher.kill()
         launcher.wait()

@@ -11,8 +11,8 @@ LAYER = {
     "data": 1, "model": 1, "checkpoint": 1,
     "train": 2, "convert": 2, "post": 2,
     "planner": 3, "audit": 3, "audit_probe": 3, "audit_replay": 3, "audit_figures": 3, "audit_picture": 3, "preflight": 3,
-    "device": 3, "catalogue": 3, "scale": 3, "run_folder": 3, "inspect_run": 3, "rehearsal": 3, "run_report": 3,
-    "pretrain": 4, "tune": 4, "supervise": 4, "verbs": 4, "cli": 4,
+    "device": 3, "catalogue": 3, "scale": 3, "run_folder": 3, "nodes_agree": 3, "inspect_run": 3, "rehearsal": 3,
+    "run_report": 3, "pretrain": 4, "tune": 4, "supervise": 4, "hosts": 4, "node": 4, "verbs": 4, "cli": 4,
 }  # fmt: skip
 BLIND = {1: {"data", "model", "checkpoint"}, 2: {"train", "convert", "post"}}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")

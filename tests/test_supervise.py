@@ -37,12 +37,12 @@ def test_a_report_that_cannot_be_read_hides_no_other(tmp_path):
 def test_a_stop_that_cannot_be_written_is_told_otherwise(tmp_path, caplog):
     """A full disk: the ranks of this machine are signalled (here there are none), and nobody is killed for it."""
     supervisor = Supervisor(tmp_path / "run", [], None)
-    supervisor._tell(tmp_path / "no" / "such" / "folder")
+    supervisor._tell([], tmp_path / "no" / "such" / "folder")
     ask_to_stop(tmp_path, "SIGTERM")
     assert (tmp_path / "stop").read_text() == "SIGTERM"
 
 
 def test_without_gpus_the_number_of_ranks_is_the_launchers(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert ranks_options(3, nodes=False) == ["--num_gpus", "3"]
-    assert ranks_options(None, nodes=False) == []
+    assert ranks_options(3) == ["--num_gpus", "3"]
+    assert ranks_options(None) == []

@@ -30,16 +30,17 @@ class Outcome:
         return f"{re.sub(r'[0-9]+', '#', self.cause)} after step {self.step}"
 
 
-def judge(reports: list[dict[str, Any]], launcher_code: int, killed: set[int], asked: bool) -> Outcome:
+def judge(reports: list[dict[str, Any]], launcher_code: int, killed: set[int], asked: bool, node: str = "") -> Outcome:
     """The outcome of one start.
 
     Args:
         reports: of `report.read_all`, after every process has ended.
-        launcher_code: the `returncode` of `deepspeed`: negative where a signal killed it.
-        killed: processes of this machine that the supervisor had to end.
+        launcher_code: the `returncode` of `deepspeed`: negative where a signal killed it; of several nodes, that of `node`,
+            where it failed first (255: the way to it is lost).
+        killed: processes that the supervisor had to end.
         asked: somebody wanted the job to stop, so that it does not matter what else the same hand has ended.
     """
-    launcher = f"the launcher {said(launcher_code)}"
+    launcher = f"the launcher{' on ' + node if node else ''} {said(launcher_code)}"
     if not reports:
         return Outcome(EXIT_INTERNAL, 0, f"{launcher} before any rank had begun", "see its lines above")
     step = max(r["step"] for r in reports)

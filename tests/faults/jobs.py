@@ -29,11 +29,14 @@ class Job:
         supervised: by `megatron-steel launch`, else by the bare `deepspeed`.
         port: the bare launcher's rendezvous; any free one when left out.
         fault: (module, function, code) for `inject/sitecustomize.py`.
+        nodes: of `multihost/nodes.py`, to run on under the supervisor.
     """
 
-    def __init__(self, recipe, run, *overrides, supervised=False, fault=None, port=None):
+    def __init__(self, recipe, run, *overrides, supervised=False, fault=None, port=None, nodes=None):
         self.run = Path(run)
-        if supervised:
+        if nodes:
+            command = [sys.executable, "-m", "megatron_steel.cli", "launch", "--hostfile", str(nodes.hostfile)]
+        elif supervised:
             command = [sys.executable, "-m", "megatron_steel.cli", "launch", "--num_gpus", "2"]
         else:
             start = launcher(2)
@@ -42,6 +45,9 @@ class Job:
         if fault:
             environment["FAULT"] = json.dumps(dict(zip(("module", "function", "code"), fault, strict=True)))
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(INJECT), environment.get("PYTHONPATH")]))
+        if nodes:  # they get their environment by DeepSpeed's file
+            environment |= nodes.environment | {"DS_ENV_FILE": str(self.run.with_suffix(".env"))}
+            self.run.with_suffix(".env").write_text(f"FAULT={environment.get('FAULT', 'null')}\n")
         self._log = self.run.with_suffix(".log").open("w+", encoding="utf-8")
         self.process = subprocess.Popen([*command, str(recipe), f"run.dir={run}", *overrides], env=environment,
                                         stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
