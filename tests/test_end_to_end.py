@@ -59,7 +59,7 @@ def _small(tmp_path, vocabulary, tokenizer, prefixes, validation, **more) -> tup
         f"run.dir={tmp_path}/run", f"tokenizer.path={tokenizer}", f"data.train={json.dumps(prefixes)}",
         f"data.validation={validation}", "data.sequence_length=64", "train.steps=20", "train.global_batch_size=8",
         "train.micro_batch_size=2", "train.precision=fp32", "train.log_every_steps=5", "train.eval_every_steps=20",
-        "train.eval_samples=12", *(f"model.config.{k}={v}" for k, v in sizes.items()),
+        "train.eval_samples=12", "train.sample_prompts=['问题：', 'Q', '']", "train.sample_tokens=8", *(f"model.config.{k}={v}" for k, v in sizes.items()),
     ]  # fmt: skip
 
 
@@ -76,6 +76,21 @@ def _train_and_export(tmp_path, recipe, overrides, launch, metrics):
     return found
 
 
+def _the_export_writes_what_training_wrote(tmp_path):
+    """Three prompts over two ranks under ZeRO-3, and transformers' own greedy generation."""
+    import torch
+
+    from megatron_steel.post.load import load_as
+
+    model, tokenizer = load_as(str(tmp_path / "hf"), False, torch.float32)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(r["step"], r["prompt"]) for r in rows] == [(20, "问题："), (20, "Q"), (20, "")]
+    for row in rows:
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        written = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, use_cache=False)[0].tolist()
+        assert tokenizer.decode(written, skip_special_tokens=True).strip() == (row["prompt"] + row["text"]).strip()
+
+
 def test_shipped_samples_to_a_model_that_writes(launch, metrics, capsys, tmp_path):
     samples = sorted((Path(cli.__file__).parent / "samples").glob("*.jsonl"))
     _run("train-tokenizer", *samples, "--output", tmp_path / "tokenizer", "--vocab-size", 3000)
@@ -86,6 +101,7 @@ def test_shipped_samples_to_a_model_that_writes(launch, metrics, capsys, tmp_pat
         tmp_path, 3008, tmp_path / "tokenizer", [{"prefix": f"{tmp_path}/data"}], f"{tmp_path}/data-validation"
     )
     _train_and_export(tmp_path, recipe, overrides, launch, metrics)
+    _the_export_writes_what_training_wrote(tmp_path)
     capsys.readouterr()
     _run("generate", tmp_path / "hf", "--prompt", "问题：", "--max-new-tokens", 8, "--greedy")
     assert capsys.readouterr().out.startswith("问题：")

@@ -96,6 +96,7 @@ def test_the_export_writes_the_same_and_has_the_same_losses(one_rank, tiny_recip
     assert {key: found[key] for key in last} == pytest.approx(last, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_and_validate_as_one(one_rank, tiny_recipe, launch_many, tmp_path):
     """Three prompts over two ranks under ZeRO-3; and a dry run of two ranks over a checkpoint of one."""
     run, words = one_rank
