@@ -62,8 +62,8 @@ def decoding(model: Any, seed: int = 0) -> dict[str, Any]:
     """
     ids_BT = _random(model, 2, _LENGTH, seed)
     full = forward(model, ids_BT)
-    step = _cached if takes(model, "past_key_values") and takes(model, "use_cache") else None
-    decoded = step(model, ids_BT) if step else None
+    names = [name for name in ("past_key_values", "cache") if takes(model, name)]  # `cache` since transformers 5.24
+    decoded = _cached(model, ids_BT, names[0]) if names and takes(model, "use_cache") else None
     mode = "recomputed" if decoded is None else "cached"
     if decoded is None:
         decoded = torch.stack([forward(model, ids_BT[:, : t + 1])[:, -1] for t in range(_LENGTH)], dim=1)
@@ -155,15 +155,15 @@ def _mean(squares: dict[str, list[float]], key: str) -> float | None:
     return (squares[key][0] / squares[key][1]) ** 0.5 if key in squares else None
 
 
-def _cached(model: Any, ids_BT: torch.Tensor) -> torch.Tensor | None:
+def _cached(model: Any, ids_BT: torch.Tensor, name: str) -> torch.Tensor | None:
     """Logits of feeding one token at a time with the cache that the model hands back; None: it keeps none."""
     from transformers import DynamicCache
 
     past: Any = None
     parts = []
     for t in range(ids_BT.shape[1]):
-        output = model(input_ids=ids_BT[:, t : t + 1], past_key_values=past, use_cache=True)
-        past = getattr(output, "past_key_values", None)
+        output = model(input_ids=ids_BT[:, t : t + 1], use_cache=True, **{name: past})
+        past = getattr(output, name, None)
         if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0):
             return None
         parts.append(logits_of(output))

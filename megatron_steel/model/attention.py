@@ -91,7 +91,8 @@ def _fastest(model: PreTrainedModel, device: torch.device, documents: bool, dtyp
         return Attention()
     hopper = torch.cuda.get_device_capability(device) == _HOPPER
     if torch.are_deterministic_algorithms_enabled():  # the other backward passes add up in any order
-        order, backends = (["flex"] if documents else []), ("flash", "math")
+        order = ["flex"] if documents else []
+        backends: tuple[str, ...] = ("flash", "math")
     else:
         order = ["flash_attention_3"] if hopper else []
         order += ["flash_attention_2", "flex"] if documents else []

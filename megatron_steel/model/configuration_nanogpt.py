@@ -33,7 +33,7 @@ class NanoGPTConfig(PretrainedConfig):
     """
 
     model_type = "nanogpt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the Trainer adds a list to it)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (the Trainer adds a list to it)
     attribute_map = {  # noqa: RUF012
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",

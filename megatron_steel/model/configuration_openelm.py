@@ -54,7 +54,7 @@ class OpenELMConfig(PretrainedConfig):
     """
 
     model_type = "openelm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the Trainer adds a list to it)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (the Trainer adds a list to it)
     attribute_map = {  # noqa: RUF012
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_transformer_layers",

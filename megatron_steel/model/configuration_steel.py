@@ -53,7 +53,7 @@ class SteelConfig(PretrainedConfig):
     """
 
     model_type = "steel"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the Trainer adds a list to it)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (the Trainer adds a list to it)
 
     def __init__(
         self,

@@ -23,6 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_nanogpt import NanoGPTConfig
 
 _TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+# transformers 5.24 calls a model's keys and values `cache`; before they were `past_key_values`. Both are taken.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def eager_attention_forward(
@@ -37,6 +39,11 @@ def eager_attention_forward(
     weights = torch.softmax(scores_BNTS, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def _named(cache: Cache | None) -> dict[str, Any]:
+    """The cache under the name that this version's outputs have for it."""
+    return {_CACHE: cache}
 
 
 class NanoGPTBranchEnd(nn.Linear):
@@ -110,7 +117,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NanoGPTBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -156,6 +163,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states [B, T, h].
@@ -168,6 +176,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        past_key_values = cache if past_key_values is None else past_key_values
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         wanted = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and wanted and not (self.gradient_checkpointing and self.training):
@@ -185,8 +194,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,  # type: ignore[call-arg]
             hidden_states=(*states[:-1], x) if shown else None,  # type: ignore[arg-type]
+            **_named(past_key_values),
         )
         return output if return_dict in (None, True) else output.to_tuple()
 
@@ -237,6 +246,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [B, T, V], and with `labels` [B, T] the next-token loss (labels are shifted here; -100 is ignored)."""
@@ -244,7 +254,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -260,8 +270,8 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,  # type: ignore[call-arg]
             hidden_states=outputs.hidden_states,
+            **_named(getattr(outputs, _CACHE)),
         )
         return output if return_dict in (None, True) else output.to_tuple()
 

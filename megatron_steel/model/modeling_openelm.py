@@ -24,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_openelm import OpenELMConfig
 
 _TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+# transformers 5.24 calls a model's keys and values `cache`; before they were `past_key_values`. Both are taken.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def eager_attention_forward(
@@ -40,6 +42,11 @@ def eager_attention_forward(
     weights = torch.softmax(scores_BNTS, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def _named(cache: Cache | None) -> dict[str, Any]:
+    """The cache under the name that this version's outputs have for it."""
+    return {_CACHE: cache}
 
 
 class OpenELMBranchEnd(nn.Linear):
@@ -149,7 +156,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OpenELMDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -195,6 +202,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states [B, T, D].
@@ -207,6 +215,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        past_key_values = cache if past_key_values is None else past_key_values
         x = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         wanted = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and wanted and not (self.gradient_checkpointing and self.training):
@@ -224,8 +233,8 @@ class OpenELMModel(OpenELMPreTrainedModel):
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,  # type: ignore[call-arg]
             hidden_states=(*states[:-1], x) if shown else None,  # type: ignore[arg-type]
+            **_named(past_key_values),
         )
         return output if return_dict in (None, True) else output.to_tuple()
 
@@ -278,6 +287,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [B, T, V], and with `labels` [B, T] the next-token loss (labels are shifted here; -100 is ignored)."""
@@ -285,7 +295,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -301,8 +311,8 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,  # type: ignore[call-arg]
             hidden_states=outputs.hidden_states,
+            **_named(getattr(outputs, _CACHE)),
         )
         return output if return_dict in (None, True) else output.to_tuple()
 

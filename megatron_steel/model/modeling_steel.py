@@ -29,6 +29,13 @@ from .mixture_steel import Places, SlotState, SteelCausalMixture, SteelLaggedMix
 
 logger = logging.get_logger(__name__)
 _TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+# transformers 5.24 calls a model's keys and values `cache`; before they were `past_key_values`. Both are taken.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def _named(cache: Cache | None) -> dict[str, Any]:
+    """The cache under the name that this version's outputs have for it."""
+    return {_CACHE: cache}
 
 
 class SteelRMSNorm(nn.Module):
@@ -187,7 +194,7 @@ class SteelPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SteelDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -233,6 +240,7 @@ class SteelModel(SteelPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states [B, T, h].
@@ -245,6 +253,7 @@ class SteelModel(SteelPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        past_key_values = cache if past_key_values is None else past_key_values
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values = self._cache(past_key_values, use_cache)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -264,8 +273,8 @@ class SteelModel(SteelPreTrainedModel):
         x = self.norm(x)
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
             hidden_states=(*states[:-1], x) if wanted else None,
+            **_named(past_key_values),
         )
         return output if return_dict in (None, True) else output.to_tuple()
 
@@ -378,6 +387,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [B, T, V], and with `labels` [B, T] the next-token loss (labels are shifted here; -100 is ignored)."""
@@ -385,7 +395,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -401,8 +411,8 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **_named(getattr(outputs, _CACHE)),
         )
         return output if return_dict in (None, True) else output.to_tuple()
 
