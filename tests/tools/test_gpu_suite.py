@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "tools" / "benchmarks"
-STAGES = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero1 bf16", "zero3 bf16")
 WAYS = {
     "ours auto": None, "ours zero0": None, "ours zero3": None, "hand-written": "hand-written PyTorch",
     "hf trainer": "HF Trainer + DeepSpeed + Liger + compile", "plain loop": "HF + DeepSpeed loop",
@@ -64,9 +63,8 @@ def test_every_check_passed_or_says_why_it_did_not_run(toy):
         assert check["status"] in ("pass", "not run"), check
         assert check["reason"] if check["status"] == "not run" else check["measured"] <= check["tolerance"], check
     for what in ("loss", "gradient norm", "update"):
-        for stage in STAGES:
-            assert checks[f"step zh-1b {stage} against plain fp32: {what}"]["status"] == "pass"
-        assert checks[f"step tiny zero3 bf16 against plain fp32: {what}"]["status"] == "pass"
+        for step in ("zh-1b zero3 fp32", "zh-1b zero3 bf16", "tiny zero3 fp32", "tiny zero3 bf16"):
+            assert checks[f"step {step} against plain fp32: {what}"]["status"] == "pass"
         assert checks[f"packed documents zh-1b bf16 against a dense mask in fp32: {what}"]["status"] == "pass"
     assert {c["status"] for name, c in checks.items() if name.startswith("head")} == {"pass"}
     assert checks["AdamW by torch against plain AdamW, 100 steps"]["status"] == "pass"

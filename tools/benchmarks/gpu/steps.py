@@ -30,7 +30,7 @@ def steps(device: torch.device, name: str, toy: bool) -> Iterator[Check]:
     fp32 = sizes.parity_recipe(name, toy, settings("fp32", "zero0.json"))
     batches = [runs.synthetic(fp32, 2, 2, seed) for seed in range(STEPS)]
     twin = trace(runs.Twin(fp32, same_start(fp32).to(device), device), fp32, batches)
-    for precision, files in (TOY_STAGES if toy and name == "tiny" else STAGES).items():
+    for precision, files in (TOY_STAGES if toy else STAGES).items():
         for file in files:
             label = f"step {name} {file} {precision} against plain fp32"
             recipe = sizes.parity_recipe(name, toy, settings(precision, f"{file}.json"))
