@@ -55,7 +55,8 @@ def rank_states(
         zero: the section `zero_optimization` of a DeepSpeed file.
         ranks: data-parallel ranks.
         precision: `bf16`, `fp16` or `fp32`.
-        largest: elements that ZeRO-3 must gather at one time whatever its limits (the largest module's own).
+        largest: most elements that one module holds itself: ZeRO-3 gathers them whatever its limits, and stage 2 reduces
+            them by themselves where they are more than a bucket.
 
     Raises ValueError for offload at stages 1 and 2.
     """
@@ -72,7 +73,9 @@ def rank_states(
         # fp32 sums of all parameters, beside which the gradients of one micro-batch live or, at the end, the buckets.
         return RankStates(low * p, (4 + low) * p, adam, max(0, bucket - low * p))
     if stage == 2:
-        return RankStates(low * p, 4 * share, adam, bucket)
+        # A tensor larger than a bucket is reduced by itself: its gradient, and that once more laid out flat.
+        alone = largest if largest > int(zero.get("reduce_bucket_size", _DEFAULTS["reduce_bucket_size"])) else 0
+        return RankStates(low * p, 4 * share, adam, bucket + 2 * low * alone)
     gathered = low * _gathered(sizes, zero, largest) if ranks > 1 else 0  # one rank's share is the whole
     if offload:  # in the host's memory beside Adam's: the fp32 sums, and their copy that Adam reads
         return RankStates(low * share + gathered, 0, 0, bucket, adam + 8 * share)

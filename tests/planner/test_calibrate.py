@@ -1,5 +1,7 @@
 """The time model: fitted by rule, checked on rows that no fit has seen."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_steel.planner import calibrate, speed
@@ -49,6 +51,11 @@ def test_the_text_shows_every_held_out_row_and_every_summary(found):
     assert text.count("never fit ") == 9
     for name in ("fitted rows", "held-out rows", "rotation 0", "rotation 1", "rotation 2", "other stacks"):
         assert name in text
+
+
+def test_the_page_shows_these_errors(found):
+    page = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
+    assert calibrate.as_text(found, every_row=False) in page.read_text(encoding="utf-8")
 
 
 def test_time_moves_as_physics_wants(rows):
