@@ -61,7 +61,7 @@ class Tokenizer(_Section):
 @dataclass(frozen=True)
 class Model(_Section):
     type: str | None = None
-    """`steel` or a transformers `model_type`."""
+    """`steel`, `nanogpt`, `openelm` or a transformers `model_type`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of that configuration class, in its own names."""
     path: str | None = None

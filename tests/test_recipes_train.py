@@ -11,14 +11,14 @@ from megatron_steel.recipe import Model, load_recipe, recipe_names
 from megatron_steel.scale import scale
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]
-VOCABULARY, MOST = 2048, 3_000_000
+VOCABULARY, MOST = 4096, 3_000_000
 STEPS = 20
 GROUPS = [recipe_names()[i : i + 6] for i in range(0, len(recipe_names()), 6)]
 
 
 @pytest.fixture(scope="module")
 def real_text(shared_data, tmp_path_factory):
-    """A small tokenizer, and the SkyPile sample tokenized with it."""
+    """A tokenizer just large enough for the SkyPile sample, and the sample tokenized with it."""
     folder = tmp_path_factory.mktemp("real")
     text = shared_data / "steel_samples/sky/2021-31_zh_head_0000_sample.jsonl"
     train_tokenizer([text], folder / "tokenizer", VOCABULARY)

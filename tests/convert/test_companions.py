@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import VOCABULARY
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_steel.convert import companions
 from megatron_steel.convert.shards import blueprint_of
@@ -12,9 +12,10 @@ from megatron_steel.data.chat_template import chatml_template
 from megatron_steel.data.chatml import chatml
 from megatron_steel.data.tokenizer import load_tokenizer
 from megatron_steel.data.train_tokenizer import train_tokenizer
-from megatron_steel.model.build import build_config
+from megatron_steel.model.build import build_config, build_model
+from megatron_steel.model.own import OWN
 from megatron_steel.post.load import load
-from megatron_steel.recipe import from_dict
+from megatron_steel.recipe import Model, from_dict
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -160,3 +161,29 @@ def test_what_ends_a_text_without_chatml_is_one_token(trained):
         "transformers_version": "5",
     }
     assert companions.generation_tree({"eos_token_id": None}, None, "5") == {"transformers_version": "5"}
+
+
+_ODD = dict.fromkeys(("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"))
+
+
+_SMALL = {
+    "nanogpt": {"n_layer": 2, "n_embd": 64, "n_head": 4},
+    "openelm": {"num_transformer_layers": 2, "model_dim": 64, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "openelm"])
+def test_our_own_classes_travel_with_their_code(kind, tmp_path, tiny_tokenizer):
+    """config.json names the code beside it and reads back as it was; AutoModel builds the class from these files alone."""
+    built = build_config(Model(type=kind, config={"vocab_size": VOCABULARY, **_SMALL[kind]}))
+    name = blueprint_of(built).architecture
+    companions.write_companions(tmp_path, built, name, "bfloat16", load_tokenizer(tiny_tokenizer), tiny_tokenizer)
+    assert {file.name for file in tmp_path.glob("*.py")} == set(OWN[kind].file_names)
+    again = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert {k: v for k, v in again.to_dict().items() if k in built.to_dict() and "token_id" not in k} | _ODD == {
+        k: v for k, v in built.to_dict().items() if "token_id" not in k
+    } | _ODD
+    theirs = AutoModelForCausalLM.from_config(again, trust_remote_code=True)
+    assert [(n, p.shape) for n, p in theirs.named_parameters()] == [
+        (n, p.shape) for n, p in build_model(built, 1).named_parameters()
+    ]

@@ -153,6 +153,16 @@ def test_cached_and_padded_and_eager_equal_the_full_pass(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_generate_with_a_cache_is_the_argmax_without_one(kind):
+    model, ids = tiny(kind), some_ids(tokens=5)
+    written = ids
+    for _ in range(6):
+        written = torch.cat((written, model(written, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0), written)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_own_loss_is_the_shifted_cross_entropy(kind):
     model, ids = tiny(kind), some_ids()
     output = model(ids, labels=ids)
