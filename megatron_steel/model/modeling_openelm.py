@@ -213,8 +213,6 @@ class OpenELMModel(OpenELMPreTrainedModel):
                 additive. A complete mask is used as it is, so it must be causal itself.
             position_ids: [B, T]; counted from the cache's length when left out.
         """
-        # transformers 5.24 calls it `cache`.
-        past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         past_key_values = cache if past_key_values is None else past_key_values

@@ -47,7 +47,7 @@ def given(tmp_path_factory):
     ]
     _write(made / "chats.jsonl", [{"messages": turn} for turn in turns])
     commands = [
-        ["train-tokenizer", "sky.jsonl", "--output", "tokenizer", "--vocab-size", "2000"],
+        ["train-tokenizer", "sky.jsonl", "--output", "tokenizer", "--vocab-size", "3000"],
         ["tokenize", "sky.jsonl", "--tokenizer", "tokenizer", "--output", "data/train", "--validation-ratio", "0.1"],
     ]
     for words in commands:
