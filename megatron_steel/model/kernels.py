@@ -31,6 +31,8 @@ class Choice:
     attention: Attention = Attention()  # noqa: RUF009  (frozen itself)
     fused: str = "torch"
     compile: bool = False
+    fall_back: bool = False
+    """Layers that cannot be compiled run plain: `auto` never fails."""
     outside: tuple[str, ...] = ()
     """Classes that stay out of the compiled layers."""
 
@@ -69,7 +71,7 @@ def choose(
     if not compiled:
         return Choice(head, attention, _fused(kernels.fused, device))
     outside = {type(module).__name__ for module in model.modules() if isinstance(module, regions.OUTSIDE)}
-    return Choice(head, attention, "torch", True, tuple(sorted(outside)))
+    return Choice(head, attention, "torch", True, kernels.compile == "auto", tuple(sorted(outside)))
 
 
 def _compiles(kernels: Kernels, model: PreTrainedModel, device: torch.device) -> bool:
