@@ -110,3 +110,6 @@ def test_classes_that_flex_attention_does_not_know_are_named():
 
     assert attention._flex_problem(model("gpt2"))[0] == "GPT2LMHeadModel does not know it"
     assert attention._flex_problem(model(attention_dropout=0.1))[0] == "it has no dropout"
+    nanogpt = build_config(Model("nanogpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "dropout": 0.1}))
+    with torch.device("meta"):
+        assert attention._flex_problem(construct(nanogpt, torch.float32))[0] == "it has no dropout"
