@@ -68,8 +68,8 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
     if num_gpus is not None and num_gpus < 1:
         raise SteelError(f"{num_gpus} ranks cannot train", "--num_gpus", "give at least 1, or leave it out")
     hosts = read_hostfile(hostfile, num_gpus) if hostfile else []
-    if hosts:
-        accumulation_steps(resolved.train, sum(host.slots for host in hosts))
+    if hosts or num_gpus:  # else the ranks find it out
+        accumulation_steps(resolved.train, sum(host.slots for host in hosts) or num_gpus or 1)
     folder = Path(resolved.run.dir).expanduser().absolute()
     words = [recipe, *overrides]
     if resolved.train.resume == "never":  # asked of the folder as it is now; later starts go on with this run's own
