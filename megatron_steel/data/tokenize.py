@@ -42,7 +42,7 @@ _LEAST_UNIT_BYTES, _MOST_UNITS = 16 << 20, 2048
 _HOPELESS_ROWS = 10
 _NAMED_PROBLEMS = 5
 _SECONDS_BETWEEN_LINES = 10.0
-_FIRST_FILES, _FIRST_DOCUMENTS, _FIRST_CHARACTERS = 32, 64, 400_000  # on which encoders are compared
+_FIRST_FILES, _FIRST_DOCUMENTS, FIRST_CHARACTERS = 32, 64, 400_000  # on which encoders are compared
 _FILES = (bin_path, idx_path, manifest.manifest_path)  # of a data set, in the order in which they take their names
 _LAYOUT = 2  # of a parts folder and of what decides its bytes; another number makes leftovers useless
 
@@ -155,13 +155,26 @@ def _bundles(inputs: Sequence[PathLike]) -> list[list[readers.Unit]]:
     return bundles
 
 
+def choose_encoder(
+    inputs: Sequence[PathLike], tokenizer_path: PathLike, text_key: str = "text"
+) -> tuple[encoders.Encoder, int]:
+    """The encoder that `tokenize` takes for these files, and on how many of their characters it was proven.
+
+    Its cost does not grow with the corpus: of more than `FIRST_CHARACTERS` no more is looked at.
+    """
+    units = [unit for bundle in _bundles(inputs) for unit in bundle]
+    documents = _first_documents(units, text_key)
+    path = os.path.abspath(tokenizer_path)
+    return encoders.choose(load_tokenizer(tokenizer_path), path, documents), sum(map(len, documents))
+
+
 def _first_documents(units: Sequence[readers.Unit], text_key: str) -> list[str]:
     """The beginnings of the first documents of the first files, for the choice of the encoder."""
     firsts = {unit.path: unit for unit in reversed(units)}
     paths = list(dict.fromkeys(unit.path for unit in units))[:_FIRST_FILES]
     documents = []
     for path in paths:
-        room = _FIRST_CHARACTERS // len(paths)
+        room = FIRST_CHARACTERS // len(paths)
         for row in itertools.islice(readers.rows(firsts[path], text_key), _FIRST_DOCUMENTS):
             if row.text and room > 0:
                 documents.append(row.text[:room])
