@@ -53,9 +53,9 @@ def rehearse(job: "Job", parameters: int, causal: bool | None) -> None:
     verdict = {True: "causal", False: "SEES THE FUTURE", None: "could not be found out"}[causal]
     lines = [
         f"audit:     {verdict}",
-        *_speed(job, seconds[-1], tokens, job.steps - first),
+        *_speed(job, seconds[-1], tokens, job.run_steps - first),
         f"memory:    {memory:.2f} GiB at most on a rank, of {device:.1f} GiB",
-        _disk(job, parameters, job.steps - first),
+        _disk(job, parameters, job.run_steps - first),
     ]
     dist.log.info("dry run: everything checks; nothing is kept\n  %s", "\n  ".join(lines))
 
