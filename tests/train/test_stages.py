@@ -1,6 +1,5 @@
 """A run in stages equals the same run made by hand: stopped at each boundary and continued with a changed recipe."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,12 +8,11 @@ import pytest
 import torch
 import yaml
 
-from megatron_steel import cli, inspect_run, stages
+from megatron_steel import cli, inspect_run
 from megatron_steel.checkpoint import zero
 from megatron_steel.checkpoint.commit import published, read_manifest
 from megatron_steel.data.indexed import IndexedWriter
 from megatron_steel.errors import SteelError
-from megatron_steel.recipe import from_dict, load_recipe
 
 DECAY = {"name": "linear", "warmup_steps": 1, "min_lr_ratio": 0.0}
 TOLD = ("loss", "grad_norm", "lr", "tokens", "samples", "validation_loss")
