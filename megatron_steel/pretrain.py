@@ -141,7 +141,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     run_steps = (parts[-1].recipe.train.steps or steps) if recipe.stages else steps
     monitor = Monitor(folder, progress.step, sees_future, run_steps)
     monitor.text("recipe", run_folder.as_yaml(recipe))
-    running = _Running(engine, group_names, monitor, watch, device, folder, run_steps)
+    running = _Running(engine, group_names, monitor, watch, device, folder, run_steps, parts)
     try:
         with _job(running, part, plan, config, order, checkpoint, progress) as job:
             if scratch:
@@ -174,6 +174,7 @@ class _Running:
     folder: Path
     run_steps: int
     """Of the whole run."""
+    parts: list[stages.Part]
 
 
 def _boundary(
@@ -215,7 +216,7 @@ def _job(
     steps = preflight.total_steps(recipe, plan.train, checkpoint)
     engines.set_micro_batch(engine, recipe.train.micro_batch_size)
     spikes = _spikes(recipe, progress, order)
-    facts = run_folder.facts_of(recipe, plan, config, checkpoint) | stages.facts_of(part)
+    facts = run_folder.facts_of(recipe, plan, config, checkpoint) | stages.facts_of(part, running.parts)
     dataset = preflight.open_dataset(plan.train, order)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
     pin = device.type == "cuda"

@@ -77,9 +77,11 @@ def described(part: Part) -> str:
     )
 
 
-def facts_of(part: Part) -> dict[str, Any]:
-    """What a checkpoint says of its stage; nothing for a run without stages."""
-    return {"stage": {"number": part.number, "name": part.name, "first_step": part.first_step}} if part.number else {}
+def facts_of(part: Part, parts: Sequence[Part]) -> dict[str, Any]:
+    """What a checkpoint says of its stage, and of all of the run's; nothing for a run without stages."""
+    told = ("name", "first_step", "steps", "tokens")
+    every = [{key: getattr(each, key) for key in told} for each in parts]
+    return {"stage": part.number, "stages": every} if part.number else {}
 
 
 def _merged(recipe: Recipe) -> list[Recipe]:

@@ -117,7 +117,7 @@ def test_an_interrupted_run_equals_one_that_was_not(stop, train, straight, stage
 
 def test_checkpoints_say_where_they_belong(train, straight):
     found = [read_manifest(path) for path in published(train.root / "straight" / "checkpoints")]
-    assert [(c.step, c.manifest["stage"]["name"]) for c in found] == [
+    assert [(c.step, c.manifest["stages"][c.manifest["stage"] - 1]["name"]) for c in found] == [
         (3, "first"), (4, "first"), (6, "decay"), (7, "decay"), (9, "end"),
     ]  # fmt: skip
     assert [c.manifest["recipe"]["data"]["sequence_length"] for c in found] == [32, 32, 64, 64, 64]
