@@ -125,7 +125,7 @@ def _steps(recipe: Recipe, merged: list[Recipe]) -> list[int]:
     if left < 1:
         total = f"train.steps={train.steps}" if train.steps is not None else f"train.tokens={train.tokens}"
         what = f"the other stages leave nothing of {total} for {recipe.stages[rest].name!r}"
-        raise SteelError(what, "stages", "lengthen the run or shorten them")
+        raise SteelError(what, "stages", "lengthen the run, shorten them, or train without stages: stages=[]")
     return [left if steps is None else steps for steps in given]
 
 
