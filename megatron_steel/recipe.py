@@ -435,12 +435,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node = tree
     for section in sections:
         if isinstance(node.get("stages"), list) and node is tree and section == "stages":
-            node = {stage.get("name"): stage for stage in node["stages"] if isinstance(stage, dict)}
-            known = [name for name in node if isinstance(name, str)]
-            if key.split(".")[1] not in known:
-                raise SteelError(
-                    f"the recipe has no stage {key.split('.')[1]!r}", key, f"its stages: {', '.join(known)}"
-                )
+            node = {str(stage.get("name")): stage for stage in node["stages"] if isinstance(stage, dict)}
+            if key.split(".")[1] not in node:
+                what = f"the recipe has no stage {key.split('.')[1]!r}"
+                raise SteelError(what, key, f"its stages: {', '.join(node)}")
             continue
         if not isinstance(node.get(section), dict):
             node[section] = {}

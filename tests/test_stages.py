@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_steel.errors import SteelError
-from megatron_steel.recipe import from_dict, known_keys, load_recipe, recipe_names
+from megatron_steel.recipe import from_dict, load_recipe, recipe_names
 from megatron_steel.scale import scale
 from megatron_steel.stages import described, parts_of, to_come
 from megatron_steel.train.schedule import learning_rate
@@ -103,7 +103,7 @@ def test_an_override_reaches_into_a_stage():
     recipe = load_recipe("olmo2-1b", ["stages.stage2.data.train=x", "stages.stage2.optim.lr=1e-5"])
     assert (recipe.stages[1].data.train, recipe.stages[1].optim.lr) == ("x", 1e-5)
     assert not load_recipe("olmo2-1b", ["stages=[]"]).stages
-    with pytest.raises(SteelError, match="no stage 'stage3'.*stage1, stage2"):
+    with pytest.raises(SteelError, match=r"(?s)no stage 'stage3'.*stage1, stage2"):
         load_recipe("olmo2-1b", ["stages.stage3.optim.lr=1"])
 
 
@@ -112,16 +112,13 @@ def test_shipped_stages(name, tmp_path):
     parts = parts_of(load_recipe(name))
     small = tmp_path / "small.yaml"
     small.write_text(scale(name, "3m", 4096), encoding="utf-8")
-    for part, of in zip(parts_of(load_recipe(str(small))), parts, strict=True):
-        assert part.name == of.name
-        assert part.tokens / 55e6 == pytest.approx(of.tokens / sum(p.tokens for p in parts), abs=0.02)
+    scaled = parts_of(load_recipe(str(small)))
+    assert [p.name for p in scaled] == [p.name for p in parts]
+    shares = [[p.tokens / sum(q.tokens for q in each) for p in each] for each in (scaled, parts)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-3)
 
 
 def test_olmo2_leaves_its_cosine_where_its_second_stage_begins():
     one, two = parts_of(load_recipe("olmo2-1b"))
     end = learning_rate(one.recipe.schedule, one.recipe.optim.lr, one.steps, one.steps, one.tokens)
     assert end == pytest.approx(two.recipe.optim.lr, rel=1e-4)  # 7.4487e-5 is published
-
-
-def test_keys_of_stages_are_known():
-    assert "stages" in known_keys()

@@ -135,3 +135,18 @@ def test_steps_to_come_are_shown_as_they_will_be(train, straight, staged):
         assert told["trained"] == (step <= 3)
     with pytest.raises(SteelError, match="the run has 9 steps"):
         inspect_run.look(early, 10)
+
+
+@pytest.mark.slow
+def test_ranks_change_nothing_but_the_last_bits(train, straight, staged, launch, metrics):
+    """Two ranks from the start, and from the boundary that one rank has left. In fp32 sums over two ranks round otherwise."""
+    cut = shutil.copytree(train.root / "straight", train.root / "cut-for-two")
+    for checkpoint in published(cut / "checkpoints")[2:]:
+        shutil.rmtree(checkpoint)
+    for folder in (train.root / "two", cut):
+        launch(2, staged, f"run.dir={folder}")
+        rows = metrics(folder)
+        for key in ("samples", "tokens", "lr", "stage"):
+            assert [row[key] for row in rows.values()] == [row[key] for row in straight.values()]
+        losses = [[row["loss"] for row in each.values()] for each in (rows, straight)]
+        assert losses[0] == pytest.approx(losses[1], abs=2e-5)
