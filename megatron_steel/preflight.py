@@ -58,6 +58,8 @@ def plan_run(recipe: Recipe) -> RunPlan:
     from megatron_steel.train.samples import Prompts
 
     def check() -> RunPlan:
+        for key, data in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or [])):
+            require_made([p.prefix for p in _listed(data)], recipe.tokenizer.path, key)
         tokenizer = load_tokenizer(recipe.tokenizer.path)
         config = build_config(recipe.model, tokenizer.vocab_size)
         if recipe.data.document_mask:
@@ -68,8 +70,6 @@ def plan_run(recipe: Recipe) -> RunPlan:
                 model = construct(config, torch.float32)
             by_pattern(model, recipe.optim.lr_ratio, "optim.lr_ratio")
             by_pattern(model, recipe.model.init_std, "model.init_std")
-        for key, data in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or [])):
-            require_made([p.prefix for p in _listed(data)], recipe.tokenizer.path, key)
         train = _members(recipe.data.train, config.vocab_size, tokenizer)
         validation = _members(recipe.data.validation, config.vocab_size, tokenizer) if recipe.data.validation else []
         length = recipe.data.sequence_length

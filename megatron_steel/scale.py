@@ -23,7 +23,7 @@ from megatron_steel.recipe import Recipe, Train, load_recipe
 
 _TOKENS_PER_PARAMETER = 20  # Chinchilla (2203.15556)
 _WITHIN = 0.1
-_SECTIONS = ("about", "run", "tokenizer", "model", "data", "optim", "schedule", "train", "deepspeed")
+_SECTIONS = ("about", "run", "tokenizer", "model", "data", "optim", "schedule", "train", "kernels")
 _LENGTHS = ("steps", "tokens", "ratio")  # of a stage
 _NAMES = {  # the same thing in each configuration class's words
     "width": ("hidden_size", "n_embd", "model_dim"),
@@ -46,6 +46,10 @@ def scale(name: str, parameters: str, vocab_size: int | None = None) -> str:
         SteelError: a number that is none, a model larger than the recipe's, none of this size within a tenth.
     """
     recipe, wanted = load_recipe(name), parse_count(parameters)
+    if vocab_size is not None and vocab_size < 1:
+        raise SteelError(
+            f"{vocab_size} words are no vocabulary", "--vocab-size", "give at least the bytes: 256, or 4096"
+        )
     fields, count = scaled_fields(recipe, wanted, vocab_size)
     return _as_yaml(name, recipe, fields, count, vocab_size)
 
@@ -72,7 +76,8 @@ def scaled_fields(recipe: Recipe, wanted: int, vocab_size: int | None) -> tuple[
     if not fitting:
         what = f"no model of this family with {old['vocab_size']:,} words comes within a tenth of {wanted:,} parameters"
         least = min(count for _, count in tried)
-        hint = "give --vocab-size 4096, or ask for" + (" more" if least > wanted else " a little more or less")
+        smaller = "give --vocab-size 4096, or " if old["vocab_size"] > 4096 else ""
+        hint = f"{smaller}ask for {'more' if least > wanted else 'a little more or less'}"
         raise SteelError(what, "--params", f"{hint} (the smallest tried has {least:,})")
     return min(fitting, key=lambda found: _unlike(old, found[0]) + abs(found[1] / wanted - 1))
 
@@ -202,11 +207,10 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
         for section, key, factor in (("optim", "lr_ratio", wider), ("model", "init_std", wider**0.5)):
             if key in tree[section]:
                 tree[section][key] = {name: round(value * factor, 6) for name, value in tree[section][key].items()}
-    tree.pop("deepspeed")
     notes = [
         f"{name} with {count:,} parameters: `megatron-steel recipes show {name}` has the sources of its numbers.",
         "Kept: ratios of widths, depth and heads, learning rate, initial std, weight decay, shape of the schedule, data.",
-        f"By rule: {_TOKENS_PER_PARAMETER} tokens a parameter ({steps:,} steps), warm-up at most a twentieth of them, a batch that leaves 1,000, bf16.",
+        f"By rule: {_TOKENS_PER_PARAMETER} tokens a parameter ({steps:,} steps), warm-up at most a twentieth of them, a batch that leaves 1,000, bf16, sharding by itself.",
     ]
     if vocab_size:
         path = f"data/tokenizer-{vocab_size}"
@@ -262,4 +266,4 @@ def _decided(section: Any) -> dict[str, Any]:
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if getattr(section, f.name) != default:
             said[f.name] = getattr(section, f.name)
-    return yaml.safe_load(json.dumps(said, default=dataclasses.asdict))
+    return yaml.safe_load(json.dumps(said, default=_decided))

@@ -70,8 +70,8 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
         raise SteelError(f"{num_gpus} ranks cannot train", "--num_gpus", "give at least 1, or leave it out")
     hosts = read_hostfile(hostfile, num_gpus) if hostfile else []
     trains = [part.recipe.train for part in parts_of(resolved)]
-    for train in trains if hosts else ():
-        accumulation_steps(train, sum(host.slots for host in hosts))
+    for train in trains if hosts or num_gpus else ():  # else the ranks find it out
+        accumulation_steps(train, sum(host.slots for host in hosts) or num_gpus or 1)
     folder = Path(resolved.run.dir).expanduser().absolute()
     words = [recipe, *overrides]
     if resolved.train.resume == "never":  # asked of the folder as it is now; later starts go on with this run's own

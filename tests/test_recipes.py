@@ -94,6 +94,7 @@ def test_gpt2_s_own_sizes_are_nanogpt_s(sizes, count):
 @pytest.mark.parametrize("name", ["pythia-160m", "minicpm-1b", "openelm-270m", "qwen3-0.6b", "steel-1b-causal"])
 def test_a_scaled_recipe_keeps_its_family(name, tmp_path):
     text = scale(name, "3m", vocab_size=2048)
+    assert "weight: null" not in text
     (tmp_path / "small.yaml").write_text(text)
     big, small = load_recipe(name), load_recipe(str(tmp_path / "small.yaml"))
     config, large = build_config(small.model), build_config(big.model)
@@ -128,6 +129,8 @@ def test_a_scaled_recipe_keeps_its_family(name, tmp_path):
 def test_what_cannot_be_scaled_is_said(name, parameters, says):
     with pytest.raises(SteelError, match=says):
         scale(name, parameters)
+    with pytest.raises(SteelError, match="no vocabulary"):
+        scale("pythia-160m", "3m", 0)
 
 
 def test_steel_1b_has_the_hyper_parameters_of_the_original_code():

@@ -31,7 +31,10 @@ def commands(prefix: str, tokenizer_path: str) -> list[str]:
     """The commands that make a data set, one a line."""
     held_out = prefix.endswith("-validation")
     made = prefix.removesuffix("-validation") if held_out else prefix
-    name = Path(made).name
+    path = Path(made)
+    name = (
+        path.parent.name if path.name == "train" and path.parent.name else path.name
+    )  # data/zh/train: the text is zh.jsonl
     tokenize = f"megatron-steel tokenize {name}.jsonl --tokenizer {tokenizer_path} --output {made}"
     if held_out:
         return [f"{tokenize} --validation-ratio 0.001"]

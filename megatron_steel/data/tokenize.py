@@ -84,7 +84,9 @@ def tokenize(
     _check_arguments(inputs, output_prefix, validation_ratio, max_malformed_ratio)
     if min(min_tokens, min_chars) < 0:
         raise SteelError(
-            "a document cannot have fewer than 0 tokens or characters", output_prefix, "256 and 200 are OpenELM's"
+            "a document cannot have fewer than 0 tokens or characters",
+            "--min-tokens, --min-chars",
+            "256 and 200 are OpenELM's",
         )
     tokenizer = load_tokenizer(tokenizer_path)
     bundles = _bundles(inputs)

@@ -39,6 +39,7 @@ class NanoGPTConfig(PretrainedConfig):
         "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",
         "max_position_embeddings": "n_positions",
+        "attention_dropout": "dropout",
     }
 
     def __init__(

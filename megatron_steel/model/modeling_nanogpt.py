@@ -120,6 +120,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -200,25 +201,43 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         return output if return_dict in (None, True) else output.to_tuple()
 
 
-def causal_mask(mask: torch.Tensor | None, x: torch.Tensor, past: int, attention: str) -> torch.Tensor | None:
+def causal_mask(mask: Any, x: torch.Tensor, past: int, attention: str) -> Any:
     """What the chosen attention wants: None where the causal rule holds and it knows it by itself, the padding [B, S] for flash
-    kernels, else a mask [B, 1, T, S]. A padded query with nothing to attend to attends to itself, and nobody reads it."""
+    kernels, a BlockMask for flex, else a mask [B, 1, T, S]. A padded query with nothing to attend to attends to itself, and
+    nobody reads it."""
     T, S = x.shape[1], past + x.shape[1]
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        return mask  # a BlockMask
     if mask is not None and mask.dim() == 4:
         if "flash" in attention:
             raise ValueError(f"{attention} knows padding and the causal rule only: use sdpa for a complete mask")
-        return mask if mask.dtype == torch.bool else mask.to(x.dtype)
+        if mask.dtype != torch.bool:
+            return mask.to(x.dtype)
+        return _blocks(mask) if attention == "flex_attention" else mask
     if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
         mask = None
     if "flash" in attention:
         return mask
-    if mask is None and (T == 1 or (past == 0 and attention != "eager")):
+    if mask is None and (T == 1 or (past == 0 and attention not in ("eager", "flex_attention"))):
         return None
     allowed = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(past)[None, None]
-    if mask is None:
-        return allowed
-    itself = torch.eye(T, S, dtype=torch.bool, device=x.device) if past == 0 else torch.zeros_like(allowed)
-    return allowed & mask[:, None, None, :S].bool() | itself
+    if mask is not None:
+        itself = torch.eye(T, S, dtype=torch.bool, device=x.device) if past == 0 else torch.zeros_like(allowed)
+        allowed = allowed & mask[:, None, None, :S].bool() | itself
+    return _blocks(allowed) if attention == "flex_attention" else allowed
+
+
+def _blocks(allowed_B1TS: torch.Tensor) -> Any:
+    """The same for flex attention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    B, _, T, S = allowed_B1TS.shape
+    same = B == 1  # one mask for all of the batch
+
+    def allow(b: Any, n: Any, t: Any, s: Any) -> torch.Tensor:
+        return allowed_B1TS[0 if same else b, 0, t, s]
+
+    return create_block_mask(allow, B, None, T, S, device=str(allowed_B1TS.device))
 
 
 class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):

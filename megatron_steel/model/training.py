@@ -128,7 +128,7 @@ def _lay_kernels(model: PreTrainedModel, kernels: Choice) -> None:
     if kernels.fused != "torch":
         fused.fuse(model, kernels.fused)
     if kernels.compile:
-        regions.compile_layers(model)
+        regions.compile_layers(model, fall_back=kernels.fall_back)
 
 
 def require_document_mask(model: PreTrainedModel) -> None:

@@ -23,6 +23,7 @@ from megatron_steel.data import parallel, readers, sources
 from megatron_steel.errors import SteelError
 
 _SAMPLE = 8_000_000  # bytes of input in the larger sample
+_ENOUGH = 1_000_000  # bytes: below, a stage takes few ticks of the clock that counts CPU seconds
 _FILES = 8  # at most, that the sample is taken from
 _REPEATS = 2  # the faster counts
 
@@ -95,6 +96,8 @@ def as_text(found: dict[str, Any]) -> str:
     for s in found["stages"]:
         lines.append(f"{s['name']:10} {s['hours']:>9.3f} {s['core_seconds'] / 3600:>10.3f} {s['bytes'] / 1e9:>9.3f} "
                      f"{s['bytes_while_running'] / 1e9:>21.3f}")  # fmt: skip
+    if found["sampled_bytes"] < min(_ENOUGH, found["bytes"]):
+        lines.append("note: from so small a sample the hours are noise: give at least a megabyte of the corpus")
     lines.append(
         f"{'all':10} {found['hours']:>9.3f}; {found['bytes_at_most'] / 1e9:,.3f} GB of disk at most, input included"
     )

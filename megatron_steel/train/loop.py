@@ -142,7 +142,7 @@ def fit(job: Job) -> None:
             if is_logged(job):
                 log_step(job, done, job.step - logged_at[0], job.tokens - logged_at[1])
                 logged_at = job.step, job.tokens
-            evaluated = job.step % train.eval_every_steps == 0 or last
+            evaluated = bool(job.validation or job.prompts) and (job.step % train.eval_every_steps == 0 or last)
             if evaluated:
                 evaluate(job)
                 stop = job.watch.agreed_stop()  # asked for meanwhile, too
@@ -156,7 +156,7 @@ def fit(job: Job) -> None:
             if stop and not last:
                 reason = next(r for r in dist.gather(job.watch.stop_wanted()) if r)
                 raise Stopped(f"stopped at step {job.step} of {job.run_steps} on request ({reason})")
-            garbage.after_step(bool(evaluated or saved))
+            garbage.after_step(evaluated or saved)
 
 
 def train_step(job: Job) -> StepResult:

@@ -318,7 +318,8 @@ def test_metrics_that_lie_beside_another_trainers_checkpoint_are_not_its(tmp_pat
 
 
 def test_a_mixture_names_what_a_token_passes():
-    config = build_config(Model(type="mixtral", config={**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}))
+    sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = build_config(Model(type="mixtral", config=sizes))
     shapes = shards.blueprint_of(config).shapes
     rows = dict(card_facts.architecture(config, shapes, "bfloat16"))
     experts = 3 * 4 * 16 * 24

@@ -147,6 +147,9 @@ class Engine:
     def zero_optimization_stage(self):
         return 0
 
+    def fp16_enabled(self):
+        return False
+
     def save_checkpoint(self, folder, tag, client_state, save_latest):
         from megatron_steel import dist
 

@@ -133,7 +133,7 @@ def test_no_position_sees_a_later_token(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_cached_and_padded_and_eager_equal_the_full_pass(kind):
+def test_cached_and_padded_and_eager_and_flex_equal_the_full_pass(kind):
     model, ids = tiny(kind), some_ids()
     full = model(ids).logits
     first = model(ids[:, :5], use_cache=True)
@@ -150,6 +150,11 @@ def test_cached_and_padded_and_eager_equal_the_full_pass(kind):
     )
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(ids).logits, full, rtol=1e-5, atol=1e-5)
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(model(ids).logits, full, rtol=1e-5, atol=1e-5)
+        found = model(padded, attention_mask=mask, position_ids=places).logits[:, 3:]
+        torch.testing.assert_close(found, full, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
