@@ -1,6 +1,8 @@
 """A run in stages equals the same run made by hand: stopped at each boundary and continued with a changed recipe."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from megatron_steel.checkpoint import zero
 from megatron_steel.checkpoint.commit import published, read_manifest
 from megatron_steel.data.indexed import IndexedWriter
 from megatron_steel.errors import SteelError
+from megatron_steel.train import state
 
 DECAY = {"name": "linear", "warmup_steps": 1, "min_lr_ratio": 0.0}
 TOLD = ("loss", "grad_norm", "lr", "tokens", "samples", "validation_loss")
@@ -105,7 +108,7 @@ def test_a_staged_run_is_the_one_made_by_hand(train, straight, staged, tiny_data
     _equal(_state(train.root / "straight"), _state(train.root / "by_hand"))
 
 
-@pytest.mark.parametrize("stop", [4, 6])  # between two stages, inside one
+@pytest.mark.parametrize("stop", [6, pytest.param(4, marks=pytest.mark.slow)])  # inside a stage, between two
 def test_an_interrupted_run_equals_one_that_was_not(stop, train, straight, staged):
     cut = shutil.copytree(train.root / "straight", train.root / f"cut{stop}")
     for checkpoint in published(cut / "checkpoints"):
@@ -113,6 +116,21 @@ def test_an_interrupted_run_equals_one_that_was_not(stop, train, straight, stage
             shutil.rmtree(checkpoint)
     assert _told(train(staged, f"cut{stop}")) == _told(straight)
     _equal(_state(cut), _state(train.root / "straight"))
+
+
+def test_a_stop_that_is_asked_for_at_a_boundary_comes_there(train, straight, staged, monkeypatch):
+    save = state.save
+
+    def save_and_ask(*arguments):
+        path = save(*arguments)
+        if path.name == "step-00000004":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return path
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "save", save_and_ask)
+        assert max(train(staged, "stopped", expect=75)) == 4
+    assert _told(train(staged, "stopped")) == _told(straight)
 
 
 def test_checkpoints_say_where_they_belong(train, straight):
