@@ -212,6 +212,20 @@ def _after_training(verb: AddVerb) -> None:
     p.add_argument("--layers", metavar="I,J,...", help="only these, in this order; -1 is the last: --layers=0,1,-2,-1")
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
+    p = verb(verbs.resample, "documents for another round of pretraining, likelier where the model's loss is high")
+    p.add_argument("model", metavar="HF_DIR")
+    p.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    p.add_argument("--output", required=True, metavar="PREFIX")
+    p.add_argument("--share", type=float, required=True, metavar="S", help="of the documents, as 0.5")
+    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="L",
+        help="tokens the model sees at a time (default: its most, up to 2048)",
+    )
+    p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+
     p = verb(
         verbs.sft_data, "published instruction, preference or question sets to one mixture for TRL and LLaMA-Factory"
     )

@@ -24,6 +24,7 @@ from megatron_steel.recipe import Recipe, Train, load_recipe
 _TOKENS_PER_PARAMETER = 20  # Chinchilla (2203.15556)
 _WITHIN = 0.1
 _SECTIONS = ("about", "run", "tokenizer", "model", "data", "optim", "schedule", "train", "kernels")
+_LENGTHS = ("steps", "tokens", "ratio")  # of a stage
 _NAMES = {  # the same thing in each configuration class's words
     "width": ("hidden_size", "n_embd", "model_dim"),
     "layers": ("num_hidden_layers", "n_layer", "num_transformer_layers"),
@@ -200,6 +201,7 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
                       for key in ("log_every_steps", "eval_every_steps", "save_every_steps")}  # fmt: skip
     most = {"warmup_steps": steps // 20, "warmup_tokens": tokens // 20}
     tree["schedule"] |= {key: min(tree["schedule"][key], most[key]) for key in most if key in tree["schedule"]}
+    tree["stages"] = _stages(recipe, steps, batch)
     if "residual_multiplier" in fields:  # muP: matrices learn and start by width (arXiv:2203.03466, table 8)
         wider = recipe.model.config["hidden_size"] / fields["hidden_size"]
         for section, key, factor in (("optim", "lr_ratio", wider), ("model", "init_std", wider**0.5)):
@@ -217,6 +219,32 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
                   "tokenize the data with that one: data made with another is refused."]  # fmt: skip
     body = yaml.safe_dump({key: value for key, value in tree.items() if value}, sort_keys=False, allow_unicode=True)
     return "".join(f"# {note}\n" for note in notes) + body
+
+
+def _stages(recipe: Recipe, steps: int, batch: int) -> list[dict[str, Any]]:
+    """The stages in the same shares of the run, their batches in the same proportion to the run's."""
+    from megatron_steel.stages import parts_of
+
+    scaled = []
+    parts = parts_of(recipe)
+    whole = sum(part.tokens for part in parts)
+    for stage, part in zip(recipe.stages, parts, strict=False):
+        said = {key: value for key, value in _decided(stage).items() if key not in _LENGTHS}
+        for key in ("data", "optim", "train"):
+            said[key] = {name: value for name, value in said.get(key, {}).items() if value is not None}
+        share = part.tokens / whole
+        if any(getattr(stage, key) is not None for key in _LENGTHS):
+            said["ratio"] = round(share, 6)
+        if "global_batch_size" in said["train"]:
+            of = said["train"]["global_batch_size"] / recipe.train.global_batch_size
+            said["train"]["global_batch_size"] = size = max(8, _power_of_two(round(of * batch)))
+            said["train"]["micro_batch_size"] = min(_power_of_two(part.recipe.train.micro_batch_size), size // 8)
+        if stage.schedule:
+            said["schedule"] = _decided(stage.schedule)
+            if "warmup_steps" in said["schedule"]:
+                said["schedule"]["warmup_steps"] = min(said["schedule"]["warmup_steps"], round(share * steps) // 20)
+        scaled.append({"name": said.pop("name"), **{key: value for key, value in said.items() if value}})
+    return scaled
 
 
 def _batch(train: Train, samples: int) -> tuple[int, int]:

@@ -47,6 +47,8 @@ def test_recipes_train_and_ship(names, real_text, launch_many, metrics, tmp_path
             "train.global_batch_size=16", "train.micro_batch_size=4", "train.precision=fp32", "train.log_every_steps=1",
             f"train.save_every_steps={STEPS}", "schedule.warmup_steps=2",
             f"deepspeed.config={'zero3.json' if own else 'zero1.json'}",
+            *(f"stages.{stage.name}.{key}" for stage in load_recipe(name).stages[1:]
+              for key in (f"data.train={real_text}/sky", "ratio=0.2")),
         ])  # fmt: skip
     launch_many(2, runs[0][0], *runs)
     for name in names:

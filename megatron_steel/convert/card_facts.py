@@ -67,6 +67,7 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
         steps = _run_length(manifest)
         if steps and steps > manifest["step"]:
             rows += [("the run's length", f"{steps:,} steps: this is a checkpoint from its middle")]
+        rows += _stages(manifest)
         batch = train["global_batch_size"]
         rows += [
             ("global batch", f"{batch:,} sequences of {length:,} tokens ({batch * length:,} tokens a step)" + _ramp_words(train)),
@@ -78,6 +79,15 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
     if "zero_stage" in manifest and "world_size" in manifest:
         rows += [("sharding", f"DeepSpeed ZeRO stage {manifest['zero_stage']}, world size {manifest['world_size']:,}")]
     return rows + _speed(metrics)
+
+
+def _stages(manifest: dict[str, Any]) -> Rows:
+    """Of a run that changed on its way; the other rows are those of the stage that the checkpoint belongs to."""
+    every = manifest.get("stages") or []  # older runs have none
+    words = [f"{s['name']} (steps {s['first_step'] + 1:,} to {s['first_step'] + s['steps']:,}, {s['tokens']:,} tokens)"
+             for s in every]  # fmt: skip
+    now = manifest.get("stage")
+    return [("stages", f"{', '.join(words)}; what follows is of stage {now} ({every[now - 1]['name']})")] if now else []
 
 
 def _ramp_words(train: dict[str, Any]) -> str:
@@ -95,6 +105,8 @@ def _run_length(manifest: dict[str, Any]) -> int | None:
     train, length = recipe["train"], recipe["data"]["sequence_length"]
     stages = [Stage(s["global_batch_size"], s["until_tokens"], s["until_steps"]) for s in train.get("batch_ramp") or []]
     try:
+        if manifest.get("stages"):
+            return int(manifest["stages"][-1]["first_step"] + manifest["stages"][-1]["steps"])
         if train.get("steps"):
             return int(train["steps"])
         ramp = endless(plan_ramp(stages, length), train["global_batch_size"])
