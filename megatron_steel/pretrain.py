@@ -130,7 +130,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     sees_future = causal is False or getattr(plan.config, "sees_future", False)
     monitor = Monitor(folder, progress.step, sees_future, steps)
     monitor.text("recipe", run_folder.as_yaml(recipe))
-    dataset = preflight.open_dataset(plan.train, order)
+    dataset = preflight.open_dataset(plan.train, order, recipe.data.sequence_length)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
     pin = device.type == "cuda"
     with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask, pin=pin) as loader:
@@ -270,7 +270,8 @@ def _roll_back(
     with watch.saving():  # it reads and deletes as much as a save writes
         progress = state.restore(engine, back.checkpoint)
         dist.together(lambda: discard_after(folder, progress.step), only=dist.is_main())
-        loader.reopen(preflight.open_dataset(plan.train, back.order), back.order)
+        dataset = preflight.open_dataset(plan.train, back.order, recipe.data.sequence_length)
+        loader.reopen(dataset, back.order)
     monitor.go_back(progress.step)
     watch.skipped_steps = progress.skipped_steps
     spikes.back_to(progress.step, progress.spikes, back.done)
@@ -283,7 +284,7 @@ def _roll_back(
 
 
 def total_tokens(recipe: Recipe, steps: int, checkpoint: "Checkpoint | None") -> int:
-    """Tokens that the run will have trained on when it is complete."""
+    """Tokens that the run will have trained on when it is complete; of pairs the most that there can be."""
     done = checkpoint.manifest["tokens"] if checkpoint else 0
     return done + preflight.samples_to_come(recipe, steps, checkpoint) * recipe.data.sequence_length
 
@@ -293,9 +294,12 @@ def _announce(
 ) -> None:
     from megatron_steel.train.engine import zero_stage
 
+    length = f"{total_tokens(recipe, steps, checkpoint):,} tokens"
+    if plan.pairs:
+        length = f"{preflight.samples_to_come(recipe, steps, checkpoint):,} pairs"
     dist.log.info(
-        "%s: %s parameters, %s steps, %s tokens, %d ranks, ZeRO %d, micro-batch %d x %d",
-        recipe.run.dir, f"{plan.parameters:,}", f"{steps:,}", f"{total_tokens(recipe, steps, checkpoint):,}", dist.world_size(), zero_stage(config),
+        "%s: %s parameters, %s steps, %s, %d ranks, ZeRO %d, micro-batch %d x %d",
+        recipe.run.dir, f"{plan.parameters:,}", f"{steps:,}", length, dist.world_size(), zero_stage(config),
         recipe.train.micro_batch_size, config["gradient_accumulation_steps"],
     )  # fmt: skip
     if checkpoint:
