@@ -77,7 +77,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
             by_pattern(model, recipe.optim.lr_ratio, "optim.lr_ratio")
             by_pattern(model, recipe.model.init_std, "model.init_std")
         for key, data in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or [])):
-            require_made([p.prefix for p in _listed(data)], recipe.tokenizer.path, key)
+            require_made([p.prefix for p in _listed(data)], recipe.tokenizer.path, key, is_text_to_text(config))
         train = _members(recipe.data.train, config.vocab_size, tokenizer)
         validation = _members(recipe.data.validation, config.vocab_size, tokenizer) if recipe.data.validation else []
         _require_kind(recipe, train + validation, is_text_to_text(config))

@@ -126,7 +126,7 @@ def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:
         known = set(inspect.signature(cls).parameters) - {"kwargs"}
     else:
         cls = _config_class(name)
-        known = _known_fields(cls)
+        known = _known_fields(cls) | ({"decoder_start_token_id"} if name in TEXT_TO_TEXT else set())
     unknown = sorted(set(fields) - known)
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(known), n=1, cutoff=0.5)
