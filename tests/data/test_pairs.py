@@ -45,7 +45,9 @@ def test_the_bytes_are_megatron_s_with_two_sequences_a_document(tmp_path, tiny_t
 
 def test_workers_and_small_parts_change_nothing(tmp_path, tiny_tokenizer, small_units):
     generator = np.random.default_rng(0)
-    rows = [{"q": _words(generator.integers(3, 128, 9)), "a": _words(generator.integers(3, 128, 40))} for _ in range(200)]
+    rows = [
+        {"q": _words(generator.integers(3, 128, 9)), "a": _words(generator.integers(3, 128, 40))} for _ in range(200)
+    ]
     source = _rows(tmp_path / "p.jsonl", rows)
     one = tokenize([source], tiny_tokenizer, tmp_path / "one", validation_ratio=0.3, **KEYS)
     two = tokenize([source], tiny_tokenizer, tmp_path / "two", validation_ratio=0.3, **KEYS | {"workers": 2})
@@ -158,5 +160,5 @@ def test_texts_are_no_pairs(tmp_path):
     data = IndexedDataset(tmp_path / "t")
     with pytest.raises(SteelError, match="3 documents of 3 sequences"):
         _dataset(data)
-    with pytest.raises(SteelError, match="document 1 .* is no pair"):
+    with pytest.raises(SteelError, match=r"document 1 .* is no pair"):
         read_pair(data, 1, 9)

@@ -63,7 +63,9 @@ def test_padding_says_nothing(model, batch):
 
 def test_a_row_that_only_fills_up_counts_nothing_and_gives_no_nan(model, batch):
     trained = prepare_for_training(copy.deepcopy(model))
-    filled = {name: torch.cat([x, torch.full_like(x[:1], -100 if name == "labels" else 0)]) for name, x in batch.items()}
+    filled = {
+        name: torch.cat([x, torch.full_like(x[:1], -100 if name == "labels" else 0)]) for name, x in batch.items()
+    }
     filled["attention_mask"][-1, 0] = 1
     loss = trained(**filled)
     loss.backward()
