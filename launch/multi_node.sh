@@ -5,6 +5,7 @@
 set -euo pipefail
 home=$(cd "$(dirname "$0")/.." && pwd)
 export PATH="$home/.venv/bin:$PATH"
-hostfile=${1:?usage: multi_node.sh HOSTFILE RECIPE [key.path=value ...]}
+if [ $# -lt 2 ]; then echo "usage: multi_node.sh HOSTFILE RECIPE [key.path=value ...]" >&2; exit 78; fi
+hostfile=$1
 shift
 exec megatron-steel launch --hostfile "$hostfile" "$@"

@@ -54,13 +54,15 @@ def show(name: str) -> str:
     """
     from megatron_steel.model.build import build_config
     from megatron_steel.model.flops import parameters
+    from megatron_steel.stages import described, parts_of
 
     recipe = load_recipe(name)
     counts = parameters(build_config(recipe.model))
     counted = (
         f"{counts.total:,} parameters in {counts.tensors} tensors, {counts.embedding:,} of them the input embedding"
     )
-    return f"{recipe_path(name).read_text(encoding='utf-8').rstrip()}\n# Counted: {counted}.\n"
+    stages = "".join(f"# {described(part)}\n" for part in parts_of(recipe) if part.number)
+    return f"{recipe_path(name).read_text(encoding='utf-8').rstrip()}\n# Counted: {counted}.\n{stages}"
 
 
 def _about(text: str) -> About:

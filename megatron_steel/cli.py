@@ -140,6 +140,8 @@ def _data(verb: AddVerb) -> None:
     p.add_argument("--tokenizer", dest="tokenizer_path", required=True, metavar="DIR_OR_MODEL")
     p.add_argument("--output", dest="output_prefix", required=True, metavar="PREFIX")
     p.add_argument("--text-key", default="text", help="the column or key that holds the text (default: text)")
+    p.add_argument("--prompt-key", metavar="KEY", help="with --response-key: pairs for an encoder-decoder, not texts")
+    p.add_argument("--response-key", metavar="KEY", help="the column or key that holds the response")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     p.add_argument("--validation-ratio", type=float, default=0.0,
                    help="share of documents for PREFIX-validation, chosen by content (default: 0)")  # fmt: skip
@@ -210,6 +212,20 @@ def _after_training(verb: AddVerb) -> None:
         "--vocab-size", type=int, metavar="N", help="rows of the embedding (default: the new tokenizer's ids)"
     )
     p.add_argument("--layers", metavar="I,J,...", help="only these, in this order; -1 is the last: --layers=0,1,-2,-1")
+    p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
+
+    p = verb(verbs.resample, "documents for another round of pretraining, likelier where the model's loss is high")
+    p.add_argument("model", metavar="HF_DIR")
+    p.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    p.add_argument("--output", required=True, metavar="PREFIX")
+    p.add_argument("--share", type=float, required=True, metavar="S", help="of the documents, as 0.5")
+    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="L",
+        help="tokens the model sees at a time (default: its most, up to 2048)",
+    )
     p.add_argument("--trust-code", action="store_true", help="run foreign modelling code that lies in the folder")
 
     p = verb(

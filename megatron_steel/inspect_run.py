@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_steel import dist, preflight
+from megatron_steel import dist, preflight, stages
 from megatron_steel.errors import SteelError
 from megatron_steel.recipe import Prefix, Recipe, from_dict
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from megatron_steel.checkpoint.commit import Checkpoint
     from megatron_steel.data.indexed import IndexedDataset
     from megatron_steel.data.manifest import Manifest
-    from megatron_steel.data.order import OrderState
+    from megatron_steel.data.order import OrderState, Place
+    from megatron_steel.data.segments import Member
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,11 @@ def look(folder: Path, step: int, rank: int | None = None, tokenizer: str | None
     from megatron_steel.data.tokenizer import load_tokenizer
 
     run = _open(folder)
-    order, trained = _order_of(run, folder, step)
+    order, trained, recipe = _order_of(run, folder, step)
     state, batch = order.before_step(step)
     if state.after(batch).next_sample > order.segments[-1].end:
         raise SteelError(f"step {step} is beyond the end of the run", folder, "lengthen the run in its recipe.yaml")
-    ranks, micro = _cut(run, step, batch, rank, folder)
+    ranks, micro = _cut(run, recipe, step, batch, rank, folder)
     decode = load_tokenizer(tokenizer or run.recipe.tokenizer.path).decode
     data = _Data(run)
     samples = []
@@ -167,32 +168,47 @@ def _checkpoints(folder: Path) -> "list[Checkpoint]":
     return found
 
 
-def _order_of(run: _Run, folder: Path, step: int) -> "tuple[OrderState, bool]":
-    """The order that step `step` has or will have, and whether it lies behind the newest checkpoint."""
-    from megatron_steel.data.manifest import trust
+def _order_of(run: _Run, folder: Path, step: int) -> "tuple[OrderState, bool, Recipe]":
+    """The order that step `step` has or will have, whether it lies behind the newest checkpoint, and the recipe of its stage
+    where it does not."""
     from megatron_steel.data.order_json import from_json
-    from megatron_steel.data.segments import Member
 
     newest = run.checkpoints[-1] if run.checkpoints else None
     if step < 1:
         raise SteelError(f"there is no step {step}", folder, "the first step is 1")
     if newest and step <= newest.step:
-        return from_json(newest.manifest["order"], newest.path), True
-    members = []
-    for p in _prefixes(run.recipe):
-        manifest = trust(p.prefix)
-        members.append(Member(p.prefix, manifest.digest, manifest.tokens, p.weight))
-    steps = preflight.total_steps(run.recipe, members, newest)
-    if step > steps:
-        raise SteelError(f"the run has {steps} steps, and no step {step}", folder, "name one of them")
-    return preflight.plan_order(run.recipe, members, steps, newest), False
+        return from_json(newest.manifest["order"], newest.path), True, run.recipe
+    before, steps = newest, 0
+    for part in stages.to_come(stages.parts_of(run.recipe), newest.step if newest else 0):
+        members = _members(part.recipe)
+        steps = preflight.total_steps(part.recipe, members, before)
+        order = preflight.plan_order(part.recipe, members, steps, before)
+        if step <= steps:
+            return order, False, part.recipe
+        before = _foreseen(order, steps - (before.step if before else 0), part, folder)
+    raise SteelError(f"the run has {steps} steps, and no step {step}", folder, "name one of them")
 
 
-def _cut(run: _Run, step: int, batch: int, rank: int | None, folder: Path) -> tuple[int, int]:
+def _members(recipe: Recipe) -> "list[Member]":
+    from megatron_steel.data.manifest import trust
+
+    return [preflight.member(p, trust(p.prefix)) for p in _prefixes(recipe)]
+
+
+def _foreseen(order: "OrderState", steps: int, part: stages.Part, folder: Path) -> "Checkpoint":
+    """What the stage will leave when it has made `steps` more steps, as far as the order of data needs it."""
+    from megatron_steel.checkpoint.commit import Checkpoint
+
+    end, tokens = part.first_step + part.steps, part.first_tokens + part.tokens
+    state = json.loads(json.dumps(order.after_steps(steps).to_json()))
+    return Checkpoint(folder, {"step": end, "tokens": tokens, "order": state})
+
+
+def _cut(run: _Run, recipe: Recipe, step: int, batch: int, rank: int | None, folder: Path) -> tuple[int, int]:
     """(ranks, micro-batch size) of the step: of the first checkpoint after it, or of the newest start."""
     after = next((c for c in run.checkpoints if c.step >= step), None)
     ranks = after.manifest["world_size"] if after else run.ranks
-    micro = after.manifest["recipe"]["train"]["micro_batch_size"] if after else run.recipe.train.micro_batch_size
+    micro = after.manifest["recipe"]["train"]["micro_batch_size"] if after else recipe.train.micro_batch_size
     if rank is not None and not 0 <= rank < ranks:
         raise SteelError(f"there is no rank {rank} in step {step}", folder, f"its ranks are 0 to {ranks - 1}")
     if batch % (ranks * micro):  # the checkpoint that knew is gone
@@ -208,13 +224,15 @@ class _Data:
         for checkpoint in run.checkpoints:
             for entry in [*checkpoint.manifest.get("data_before", []), *checkpoint.manifest["data"]]:
                 self._prefixes[entry["digest"]] = entry.get("prefix", "")  # older checkpoints do not say it
-        self._now = _prefixes(run.recipe)
+        self._now = [p for part in stages.parts_of(run.recipe) for p in _prefixes(part.recipe)]
         self._open: dict[str, IndexedDataset] = {}
         self._manifests: dict[str, Manifest] = {}
 
     def sample(self, order: "OrderState", number: int, whose: tuple[int, int, int], decode: Any) -> Sample:
         place = order.locate(number)
         data = self._dataset(place.digest)
+        if self._manifests[place.digest].kind == "pairs":
+            return self._pair(number, whose, place, decode)
         stop = place.start + place.sequence_length + 1
         starts = [place.start, *data.document_cuts(place.start, stop).tolist()]
         pieces = []
@@ -224,6 +242,17 @@ class _Data:
             first = int(data.document_starts(document, document + 1)[0])
             origin = self._manifests[place.digest].origin(document) or ("", None)
             pieces.append(Piece(document, *origin, start - first, ids, decode(ids)))
+        return Sample(number, *whose, data.prefix, place.epoch, place.start, pieces)
+
+    def _pair(self, number: int, whose: tuple[int, int, int], place: "Place", decode: Any) -> Sample:
+        """A prompt and a response, whole; `start` is the number of the pair."""
+        from megatron_steel.data.pairs import read_pair
+
+        data, origin = self._open[place.digest], self._manifests[place.digest].origin(place.start) or ("", None)
+        pieces, first = [], 0
+        for side in read_pair(data, place.start, data.tokens):
+            pieces.append(Piece(place.start, *origin, first, side.tolist(), decode(side.tolist())))
+            first += len(side)
         return Sample(number, *whose, data.prefix, place.epoch, place.start, pieces)
 
     def _dataset(self, digest: str) -> "IndexedDataset":

@@ -1,7 +1,8 @@
 """What `deepspeed --module megatron_steel.pretrain RECIPE [key.path=value ...]` starts on every rank.
 
 1. `plan_run` checks the recipe against data, tokenizer and model, so that bad input ends before anything is built.
-2. `_train` builds and audits the model, starts the engine, goes on from the newest whole checkpoint, and hands a `Job` to the loop.
+2. `_train` builds and audits the model, starts the engine, goes on from the newest whole checkpoint, and hands a `Job` to the
+   loop: one for each stage that is not over, or one for all of a run without stages. The engine stays, its state too.
 
 Exit codes are those of `errors.py`; all ranks leave together. A guard thread ends a rank that cannot (`train/guard.py`).
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_steel import device as device_facts
-from megatron_steel import dist, nodes_agree, preflight, rehearsal, run_folder
+from megatron_steel import dist, jobs, nodes_agree, preflight, rehearsal, run_folder, stages
 from megatron_steel.errors import SteelError, Stopped
 from megatron_steel.recipe import Recipe, load_recipe
 
@@ -24,14 +25,9 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from megatron_steel.checkpoint.commit import Checkpoint
-    from megatron_steel.data.loader import Loader
-    from megatron_steel.data.order import OrderState
     from megatron_steel.model.kernels import Choice
     from megatron_steel.train.guard import Guard
-    from megatron_steel.train.monitor import Monitor
     from megatron_steel.train.report import Report
-    from megatron_steel.train.spikes import Spikes
-    from megatron_steel.train.state import Progress
     from megatron_steel.train.watch import Watch
 
 
@@ -92,25 +88,42 @@ def run(name: str, overrides: list[str], dry_run: bool = False, report: "Report 
 def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device", scratch: Path | None = None) -> None:
     """`scratch`: this is a dry run: what it writes goes there, and the run folder is only read."""
     from megatron_steel.checkpoint.commit import published, warn_of_space
-    from megatron_steel.data.loader import Loader
     from megatron_steel.train import engine as engines
-    from megatron_steel.train import loop, replicas, state
+    from megatron_steel.train import loop, state
     from megatron_steel.train.monitor import Monitor
 
     folder = Path(recipe.run.dir).expanduser()
     dist.together(lambda: engines.refuse_precision(recipe.train.precision, device))
-    plan = preflight.plan_run(recipe)
-    sharding = dist.together(lambda: engines.read_config(device_facts.sharding(recipe, plan, device)))
-    nodes_agree.require(recipe, plan, sharding or {}, folder)
-    config = dist.together(lambda: engines.engine_config(recipe, sharding or {}, dist.world_size()))
-    chosen = dist.together(lambda: device_facts.kernels(recipe, plan, device))
-    assert config is not None
+    parts = dist.together(lambda: stages.parts_of(recipe)) or []
+    plans = [preflight.plan_run(part.recipe) for part in parts]  # of all, so that no stage fails after weeks
+    widest, its_plan = max(
+        zip([part.recipe for part in parts], plans, strict=True),
+        key=lambda pair: pair[0].train.micro_batch_size * pair[0].data.sequence_length,
+    )
+    sharding = dist.together(lambda: engines.read_config(device_facts.sharding(widest, its_plan, device))) or {}
+    configs = []
+    for part, plan in zip(parts, plans, strict=True):
+        nodes_agree.require(part.recipe, plan, sharding, folder)
+        config = dist.together(lambda r=part.recipe: engines.engine_config(r, sharding, dist.world_size()))
+        assert config is not None
+        configs.append(config)
+    chosen = dist.together(lambda: device_facts.kernels(recipe, plans[0], device))
     assert chosen is not None
     seen = published(folder / "checkpoints")
-    checkpoint = run_folder.find_checkpoint(recipe, plan, folder)
-    steps = dist.together(lambda: preflight.total_steps(recipe, plan.train, checkpoint)) or 0
-    order = preflight.plan_order(recipe, plan.train, steps, checkpoint)
-    _announce(recipe, plan, steps, config, checkpoint)
+    checkpoint = run_folder.find_checkpoint(recipe, plans[0], folder)
+    ahead = stages.to_come(parts, checkpoint.step if checkpoint else 0)
+    done = len(parts) - len(ahead)
+    part, plan, config = ahead[0], plans[done], configs[done]
+    steps = dist.together(lambda: preflight.total_steps(part.recipe, plan.train, checkpoint)) or 0
+    order = preflight.plan_order(part.recipe, plan.train, steps, checkpoint)
+    _announce(part, plan, steps, config, checkpoint, ahead[1:])
+    was = checkpoint.manifest.get("stage") if checkpoint else None
+    if checkpoint and was and part.number < was:
+        dist.log.warning(
+            "step %d was in stage %d and now lies before its beginning: the recipe's lengths have changed",
+            checkpoint.step,
+            was,
+        )
     dist.log.info("kernels: %s", chosen)
     if checkpoint and checkpoint.step >= steps:
         dist.log.info("the run is complete: nothing to do")
@@ -122,59 +135,29 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     if dist.is_main() and not scratch:
         room = 2 if checkpoint else recipe.train.keep_last + 1
         warn_of_space(folder / "checkpoints", state.first_checkpoint_bytes(plan.parameters), room)
-    engine, group_names, causal = _start_engine(recipe, plan, config, checkpoint, device, chosen, folder)
+    engine, group_names, causal = _start_engine(part.recipe, plan, config, checkpoint, device, chosen, folder)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
-    watch.skipped_steps = progress.skipped_steps
-    spikes = _spikes(recipe, progress, order)
-    facts = run_folder.facts_of(recipe, plan, config, checkpoint)
     sees_future = causal is False or getattr(plan.config, "sees_future", False)
-    monitor = Monitor(folder, progress.step, sees_future, steps)
+    run_steps = (parts[-1].recipe.train.steps or steps) if recipe.stages else steps
+    monitor = Monitor(folder, progress.step, sees_future, run_steps)
     monitor.text("recipe", run_folder.as_yaml(recipe))
-    dataset = preflight.open_dataset(plan.train, order)
-    cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
-    pin = device.type == "cuda"
-    with Loader(dataset, order, *cut, document_mask=recipe.data.document_mask, pin=pin) as loader:
-
-        def save(step: int, tokens: int) -> Path:
-            replicas.compare(engine, step)
-            seen = spikes.to_json() if spikes else None
-            now = state.Progress(step, tokens, loader.state.to_json(), watch.skipped_steps, seen)
-            kept = recipe.train.keep_last, recipe.train.keep_every_steps
-            with watch.saving():
-                return state.save(engine, folder / "checkpoints", now, facts, group_names, *kept)
-
-        job = loop.Job(
-            engine=engine,
-            recipe=recipe,
-            monitor=monitor,
-            watch=watch,
-            next_batches=loader.step,
-            labels_ahead=loader.labels_ahead,
-            validation=preflight.validation_batches_of(recipe, plan),
-            prompts=plan.prompts,
-            save=state.Saves(save),
-            position=lambda: preflight.position(loader.state, plan.train),
-            out_of_memory=device_facts.out_of_memory(recipe, plan, device),
-            spikes=spikes,
-            roll_back=lambda: spikes and _roll_back(recipe, plan, engine, loader, monitor, watch, spikes),
-            steps=steps,
-            total_tokens=total_tokens(recipe, steps, checkpoint),
-            step=progress.step,
-            tokens=progress.tokens,
-            flops_per_token=plan.flops_per_token,
-            peak_flops=device_facts.peak_flops_of(device),
-        )
-        try:
+    running = jobs.Running(engine, group_names, monitor, watch, device, folder, run_steps, parts)
+    try:
+        with jobs.job_of(running, part, plan, config, order, checkpoint, progress) as job:
             if scratch:
                 rehearsal.rehearse(job, plan.parameters, causal)
                 return
             guard.begin(progress.step)
             loop.fit(job)
-        finally:
-            with watch.saving():  # deleting a large checkpoint takes as long as it takes
-                state.wait_until_tidy()
-            watch.leave()  # the picture takes seconds, which are no hang
-            monitor.close()
+        for part, plan, config in zip(ahead[1:], plans[done + 1 :], configs[done + 1 :], strict=True):
+            checkpoint, order = jobs.next_stage(running, part, plan, job.step)
+            with jobs.job_of(running, part, plan, config, order, checkpoint, state.progress_of(checkpoint)) as job:
+                loop.fit(job)
+    finally:
+        with watch.saving():  # deleting a large checkpoint takes as long as it takes
+            state.wait_until_tidy()
+        watch.leave()  # the picture takes seconds, which are no hang
+        monitor.close()
     dist.log.info("done: %s", folder)
     del held  # the folder's lock was ours until here
 
@@ -227,77 +210,27 @@ def _audit(model: Any, folder: Path) -> bool | None:
     return report["causal"]
 
 
-def _spikes(recipe: Recipe, progress: "Progress", order: "OrderState") -> "Spikes | None":
-    """What a checkpoint has seen of the losses, if they can be compared with those to come."""
-    from megatron_steel.data.order_json import from_json
-    from megatron_steel.train.spikes import Spikes
-
-    if recipe.train.spike_score is None:
-        return None
-    if progress.spikes is None or from_json(progress.order, "checkpoint").segments != order.segments:
-        return Spikes(recipe.train.spike_score, since=progress.step)
-    return Spikes(recipe.train.spike_score, **progress.spikes)
-
-
-def _roll_back(
-    recipe: Recipe,
-    plan: preflight.RunPlan,
-    engine: "DeepSpeedEngine",
-    loader: "Loader",
-    monitor: "Monitor",
-    watch: "Watch",
-    spikes: "Spikes",
-) -> tuple[int, int] | None:
-    """Put everything back to before a confirmed spike. Returns (step, tokens) there; None: there is no way back."""
-    from megatron_steel.checkpoint.commit import discard_after
-    from megatron_steel.data.order_json import from_json
-    from megatron_steel.train import state
-    from megatron_steel.train.spikes import plan_roll_back
-
-    folder, at = Path(recipe.run.dir).expanduser() / "checkpoints", spikes.suspects[-1]
-    with watch.saving():  # whole checkpoints are hashed
-        back = plan_roll_back(
-            spikes,
-            folder,
-            loader.state,
-            lambda c: from_json(c.manifest["order"], c.path),
-        )
-    if back is None:
-        if dist.is_main():
-            dist.log.warning("step %d: the loss has spiked and no checkpoint is older: the run goes on as it is", at)
-        spikes.forget(at)
-        return None
-    with watch.saving():  # it reads and deletes as much as a save writes
-        progress = state.restore(engine, back.checkpoint)
-        dist.together(lambda: discard_after(folder, progress.step), only=dist.is_main())
-        loader.reopen(preflight.open_dataset(plan.train, back.order), back.order)
-    monitor.go_back(progress.step)
-    watch.skipped_steps = progress.skipped_steps
-    spikes.back_to(progress.step, progress.spikes, back.done)
-    monitor.scalars(progress.step, {"tokens": progress.tokens, "spike_at_step": back.done["step"],
-                    "skipped_from_sample": back.done["start"], "skipped_to_sample": back.done["stop"]})  # fmt: skip
-    if dist.is_main():
-        dist.log.warning("the loss has spiked at step %d: back to %s, and on without samples %d to %d", back.done["step"],
-                         back.checkpoint.path, back.done["start"], back.done["stop"] - 1)  # fmt: skip
-    return progress.step, progress.tokens
-
-
-def total_tokens(recipe: Recipe, steps: int, checkpoint: "Checkpoint | None") -> int:
-    """Tokens that the run will have trained on when it is complete."""
-    done = checkpoint.manifest["tokens"] if checkpoint else 0
-    return done + preflight.samples_to_come(recipe, steps, checkpoint) * recipe.data.sequence_length
-
-
 def _announce(
-    recipe: Recipe, plan: preflight.RunPlan, steps: int, config: dict[str, Any], checkpoint: "Checkpoint | None"
+    part: stages.Part,
+    plan: preflight.RunPlan,
+    steps: int,
+    config: dict[str, Any],
+    checkpoint: "Checkpoint | None",
+    then: list[stages.Part],
 ) -> None:
     from megatron_steel.train.engine import zero_stage
 
+    recipe = part.recipe
+    length = f"{jobs.total_tokens(recipe, steps, checkpoint) + sum(later.tokens for later in then):,} tokens"
+    if plan.pairs:
+        length = f"{preflight.samples_to_come(recipe, steps, checkpoint):,} pairs"
     dist.log.info(
-        "%s: %s parameters, %s steps, %s tokens, %d ranks, ZeRO %d, micro-batch %d x %d",
-        recipe.run.dir, f"{plan.parameters:,}", f"{steps:,}", f"{total_tokens(recipe, steps, checkpoint):,}", dist.world_size(), zero_stage(config),
-        recipe.train.micro_batch_size, config["gradient_accumulation_steps"],
+        "%s: %s parameters, %s steps, %s, %d ranks, ZeRO %d, micro-batch %d x %d",
+        recipe.run.dir, f"{plan.parameters:,}", f"{steps + sum(later.steps for later in then):,}", length,
+        dist.world_size(), zero_stage(config), recipe.train.micro_batch_size, config["gradient_accumulation_steps"],
     )  # fmt: skip
+    if part.number:
+        dist.log.info("%s", "\n  ".join(stages.described(each) for each in (part, *then)))
     if checkpoint:
         dist.log.info("going on from %s", checkpoint.path)
 

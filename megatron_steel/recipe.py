@@ -10,7 +10,6 @@ Knows nothing of models, data or DeepSpeed: it checks shapes of values and the k
 
 import dataclasses
 import difflib
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from megatron_steel.errors import SteelError
+from megatron_steel.recipe_checks import problems_of
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -61,7 +61,7 @@ class Tokenizer(_Section):
 @dataclass(frozen=True)
 class Model(_Section):
     type: str | None = None
-    """`steel`, `nanogpt`, `openelm` or a transformers `model_type`."""
+    """`steel`, `nanogpt`, `openelm` or a transformers `model_type` (an encoder-decoder: `t5`)."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of that configuration class, in its own names."""
     path: str | None = None
@@ -85,7 +85,7 @@ class Data(_Section):
     train: str | list[Prefix]
     """A `.bin`/`.idx` prefix, or a list of {prefix, weight}; no weights: every block once per epoch."""
     sequence_length: int
-    """Tokens per sample that are predicted (a block holds one more)."""
+    """Tokens per sample that are predicted (a block holds one more); of a pair, the longest prompt and response."""
     validation: str | list[Prefix] | None = None
     """Held-out prefix(es), read in the same order at every evaluation."""
     document_mask: bool = False
@@ -134,6 +134,8 @@ class Schedule(_Section):
     """Learning rate at the end, as a share of the peak."""
     horizon_ratio: float = 1.0
     """`linear`, `cosine`: where the end lies, in lengths of the run; above 1 the run stops before it."""
+    span: tuple[int, int] | None = None
+    """[after, until]: the steps of the run (tokens, with `warmup_tokens`) that the schedule takes; all when left out."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,44 @@ class DeepSpeed(_Section):
 
 
 @dataclass(frozen=True)
+class StageData(_Section):
+    """As in `Data`; what is left out stays as it was."""
+
+    train: str | list[Prefix] | None = None
+    sequence_length: int | None = None
+    validation: str | list[Prefix] | None = None
+
+
+@dataclass(frozen=True)
+class StageOptim(_Section):
+    lr: float | None = None
+    """Peak learning rate from here on (`optim.muon_lr` moves in proportion)."""
+
+
+@dataclass(frozen=True)
+class StageTrain(_Section):
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Stage(_Section):
+    """A part of the run. What it says holds until a later stage says otherwise."""
+
+    name: str
+    steps: int | None = None
+    """Its length: one of steps, tokens, ratio; exactly one stage has none and takes what the others leave of the run."""
+    tokens: int | None = None
+    ratio: float | None = None
+    """Of the run's `train.steps` or `train.tokens`."""
+    data: StageData = field(default_factory=StageData)
+    schedule: Schedule | None = None
+    """A whole section, which begins anew with the stage; left out, the schedule before it goes on."""
+    optim: StageOptim = field(default_factory=StageOptim)
+    train: StageTrain = field(default_factory=StageTrain)
+
+
+@dataclass(frozen=True)
 class Recipe(_Section):
     tokenizer: Tokenizer
     model: Model
@@ -220,6 +260,8 @@ class Recipe(_Section):
     schedule: Schedule = field(default_factory=Schedule)
     kernels: Kernels = field(default_factory=Kernels)
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
+    stages: list[Stage] = field(default_factory=list)
+    """Parts of the run with other data, schedule or sequence length, one after another (stages.py)."""
     about: About = field(default_factory=About)
 
     def to_dict(self) -> dict[str, Any]:
@@ -296,7 +338,7 @@ def from_dict(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     problems = _conflicts(tree)
     try:
         recipe = pydantic.TypeAdapter(Recipe).validate_python(tree)
-        problems += _impossible_values(recipe)
+        problems += problems_of(recipe)
     except pydantic.ValidationError as error:
         problems = [_describe(dict(e)) for e in error.errors()] + problems
     if problems:
@@ -337,72 +379,13 @@ def _conflicts(tree: dict[str, Any]) -> list[str]:
         if len(present) != 1:
             names = ", ".join(present) if present else "none of " + ", ".join(group)
             problems.append(f"{names} set: exactly one of {', '.join(group)} is needed")
-    for group in _ALTERNATIVES:
-        present = [key for key in group if _get(tree, key)]
-        if len(present) > 1:
-            problems.append(f"{', '.join(present)} set: give one of them")
+    stages = tree.get("stages") if isinstance(tree.get("stages"), list) else []
+    for where, part in (("", tree), *((f"stages.{i}.", stage) for i, stage in enumerate(stages or []))):
+        for group in _ALTERNATIVES:
+            present = [where + key for key in group if _get(part, key)]
+            if len(present) > 1:
+                problems.append(f"{', '.join(present)} set: give one of them")
     return problems
-
-
-def _impossible_values(recipe: Recipe) -> list[str]:
-    t, o, s, d = recipe.train, recipe.optim, recipe.schedule, recipe.data
-    positive = {
-        "data.sequence_length": d.sequence_length, "optim.lr": o.lr, "optim.eps": o.eps,
-        "train.global_batch_size": t.global_batch_size, "train.micro_batch_size": t.micro_batch_size,
-        "train.steps": t.steps, "train.tokens": t.tokens, "train.epochs": t.epochs,
-        "train.log_every_steps": t.log_every_steps, "train.eval_every_steps": t.eval_every_steps,
-        "train.eval_samples": t.eval_samples, "train.sample_tokens": t.sample_tokens,
-        "train.save_every_steps": t.save_every_steps,
-        "train.keep_last": t.keep_last, "train.keep_every_steps": t.keep_every_steps,
-        "train.stop_after_minutes": t.stop_after_minutes, "train.spike_score": t.spike_score,
-        "optim.muon_lr": o.muon_lr, **{f"optim.lr_ratio.{k}": v for k, v in o.lr_ratio.items()},
-        **{f"model.init_std.{k}": v for k, v in recipe.model.init_std.items()},
-        "train.hang_after_seconds": t.hang_after_seconds, "schedule.horizon_ratio": s.horizon_ratio,
-    }  # fmt: skip
-    problems = [
-        f"{key}: {value} must be above 0 and finite"
-        for key, value in positive.items()
-        if value is not None and not 0 < value < math.inf
-    ]
-    shares = {"schedule.decay_ratio": s.decay_ratio, "schedule.min_lr_ratio": s.min_lr_ratio,
-              "schedule.initial_lr_ratio": s.initial_lr_ratio, "schedule.warmup_ratio": s.warmup_ratio or 0.0}  # fmt: skip
-    problems += [f"{key}: {value} is not between 0 and 1" for key, value in shares.items() if not 0 <= value <= 1]
-    not_below = {"train.z_loss": t.z_loss, "optim.weight_decay": o.weight_decay, "optim.clip_grad_norm": o.clip_grad_norm,
-                 "schedule.warmup_steps": s.warmup_steps, "schedule.warmup_tokens": s.warmup_tokens or 0}  # fmt: skip
-    problems += [f"{key}: {value} must not be below 0" for key, value in not_below.items() if not 0 <= value < math.inf]
-    if not 0 <= o.muon_momentum < 1:
-        problems.append(f"optim.muon_momentum: {o.muon_momentum} is not in [0, 1)")
-    if o.muon_lr is not None and o.name != "muon":
-        problems.append(f"optim.muon_lr: optim.name is {o.name}, not muon")
-    if recipe.model.init_std and recipe.model.init_from:
-        problems.append("model.init_std: the weights come from model.init_from and are not drawn")
-    if s.name == "wsd" and s.decay_shape == "exponential" and not s.min_lr_ratio:
-        problems.append("schedule.min_lr_ratio: an exponential decay never comes to 0: set where it ends")
-    if s.name == "one_cycle" and s.warmup_tokens is not None:
-        problems.append("schedule.warmup_tokens: one_cycle is counted in steps: use schedule.warmup_ratio")
-    if not all(0 <= beta < 1 for beta in o.betas):
-        problems.append(f"optim.betas: {list(o.betas)} are not both in [0, 1)")
-    for i, stage in enumerate(t.batch_ramp):
-        ends = [end for end in (stage.until_tokens, stage.until_steps) if end is not None]
-        if stage.global_batch_size < 1 or len(ends) != 1 or ends[0] < 1:
-            what = "needs a global_batch_size and either until_tokens or until_steps, all above 0"
-            problems.append(f"train.batch_ramp.{i}: {what}")
-    if t.keep_every_steps and t.keep_every_steps % t.save_every_steps:
-        what = f"{t.keep_every_steps} is no multiple of train.save_every_steps ({t.save_every_steps})"
-        problems.append(f"train.keep_every_steps: {what}")
-    for key, prefixes in (("data.train", d.train), ("data.validation", d.validation)):
-        if isinstance(prefixes, list):
-            problems += _weights_problems(key, prefixes)
-    return problems
-
-
-def _weights_problems(key: str, prefixes: list[Prefix]) -> list[str]:
-    if not prefixes:
-        return [f"{key}: the list is empty"]
-    weights = [p.weight for p in prefixes if p.weight is not None]
-    if weights and len(weights) != len(prefixes):
-        return [f"{key}: give every prefix a weight, or none"]
-    return [f"{key}: weight {w} must be above 0" for w in weights if not w > 0]
 
 
 def _describe(error: dict[str, Any]) -> str:
@@ -433,6 +416,8 @@ _ALL_KEYS = [
     "data.validation.prefix",
     "data.validation.weight",
     *(f"train.batch_ramp.{f.name}" for f in dataclasses.fields(BatchStage)),
+    *known_keys(Stage, "stages."),
+    *known_keys(Schedule, "stages.schedule."),
 ]
 
 
@@ -449,6 +434,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *sections, name = key.split(".")
     node = tree
     for section in sections:
+        if isinstance(node.get("stages"), list) and node is tree and section == "stages":
+            node = {str(stage.get("name")): stage for stage in node["stages"] if isinstance(stage, dict)}
+            if key.split(".")[1] not in node:
+                what = f"the recipe has no stage {key.split('.')[1]!r}"
+                raise SteelError(what, key, f"its stages: {', '.join(node)}")
+            continue
         if not isinstance(node.get(section), dict):
             node[section] = {}
         node = node[section]

@@ -53,14 +53,20 @@ def rehearse(job: "Job", parameters: int, causal: bool | None) -> None:
     verdict = {True: "causal", False: "SEES THE FUTURE", None: "could not be found out"}[causal]
     lines = [
         f"audit:     {verdict}",
-        *_speed(job, seconds[-1], tokens, job.steps - first),
+        *_speed(
+            job,
+            seconds[-1],
+            tokens,
+            job.run_steps - first,
+            " at this stage's speed" if job.run_steps > job.steps else "",
+        ),
         f"memory:    {memory:.2f} GiB at most on a rank, of {device:.1f} GiB",
-        _disk(job, parameters, job.steps - first),
+        _disk(job, parameters, job.run_steps - first),
     ]
     dist.log.info("dry run: everything checks; nothing is kept\n  %s", "\n  ".join(lines))
 
 
-def _speed(job: "Job", seconds: float, tokens: int, steps: int) -> list[str]:
+def _speed(job: "Job", seconds: float, tokens: int, steps: int, so: str) -> list[str]:
     """Of the last step made, and what that means for all steps that are left."""
     per_second = tokens / seconds
     share = ""
@@ -70,7 +76,7 @@ def _speed(job: "Job", seconds: float, tokens: int, steps: int) -> list[str]:
     end = datetime.datetime.now() + left
     return [
         f"speed:     {seconds:.3f} s a step, {per_second:,.0f} tokens/s{share}",
-        f"left:      {steps:,} steps, {steps * tokens:,} tokens: {left} ({left.total_seconds() / 86400:.1f} days), "
+        f"left:      {steps:,} steps, {steps * tokens:,} tokens{so}: {left} ({left.total_seconds() / 86400:.1f} days), "
         f"until {end:%Y-%m-%d %H:%M}; evaluations, saves and stops come on top",
     ]
 

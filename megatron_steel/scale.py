@@ -23,13 +23,15 @@ from megatron_steel.recipe import Recipe, Train, load_recipe
 
 _TOKENS_PER_PARAMETER = 20  # Chinchilla (2203.15556)
 _WITHIN = 0.1
-_SECTIONS = ("about", "run", "tokenizer", "model", "data", "optim", "schedule", "train", "deepspeed")
+_SECTIONS = ("about", "run", "tokenizer", "model", "data", "optim", "schedule", "train", "kernels")
+_LENGTHS = ("steps", "tokens", "ratio")  # of a stage
 _NAMES = {  # the same thing in each configuration class's words
-    "width": ("hidden_size", "n_embd", "model_dim"),
-    "layers": ("num_hidden_layers", "n_layer", "num_transformer_layers"),
-    "heads": ("num_attention_heads", "n_head"),
+    "width": ("hidden_size", "n_embd", "model_dim", "d_model"),
+    "layers": ("num_hidden_layers", "n_layer", "num_transformer_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
     "kv_heads": ("num_key_value_heads",),
-    "inner": ("intermediate_size", "n_inner"),
+    "head_dim": ("head_dim", "d_kv"),
+    "inner": ("intermediate_size", "n_inner", "d_ff"),
 }
 
 
@@ -45,6 +47,10 @@ def scale(name: str, parameters: str, vocab_size: int | None = None) -> str:
         SteelError: a number that is none, a model larger than the recipe's, none of this size within a tenth.
     """
     recipe, wanted = load_recipe(name), parse_count(parameters)
+    if vocab_size is not None and vocab_size < 1:
+        raise SteelError(
+            f"{vocab_size} words are no vocabulary", "--vocab-size", "give at least the bytes: 256, or 4096"
+        )
     fields, count = scaled_fields(recipe, wanted, vocab_size)
     return _as_yaml(name, recipe, fields, count, vocab_size)
 
@@ -71,7 +77,8 @@ def scaled_fields(recipe: Recipe, wanted: int, vocab_size: int | None) -> tuple[
     if not fitting:
         what = f"no model of this family with {old['vocab_size']:,} words comes within a tenth of {wanted:,} parameters"
         least = min(count for _, count in tried)
-        hint = "give --vocab-size 4096, or ask for" + (" more" if least > wanted else " a little more or less")
+        smaller = "give --vocab-size 4096, or " if old["vocab_size"] > 4096 else ""
+        hint = f"{smaller}ask for {'more' if least > wanted else 'a little more or less'}"
         raise SteelError(what, "--params", f"{hint} (the smallest tried has {least:,})")
     return min(fitting, key=lambda found: _unlike(old, found[0]) + abs(found[1] / wanted - 1))
 
@@ -120,7 +127,7 @@ def _field(fields: dict[str, Any], role: str) -> str:
 
 def _head_dim(fields: dict[str, Any]) -> int:
     heads = _field(fields, "heads")
-    return fields.get("head_dim") or fields[_field(fields, "width")] // fields[heads]
+    return fields.get(_field(fields, "head_dim")) or fields[_field(fields, "width")] // fields[heads]
 
 
 def _widths(largest: int, head_dim: int) -> Iterator[int]:
@@ -137,6 +144,8 @@ def _sized(old: dict[str, Any], w: int, depth: int) -> dict[str, Any] | None:
     if inner:
         whole = math.lcm(step, old.get("mlp_div_ratio", 1))
         new[inner] = max(whole, round(old[inner] * ratio / whole) * whole)
+    if "num_decoder_layers" in old:
+        new["num_decoder_layers"] = max(1, round(old["num_decoder_layers"] * depth / old[_field(old, "layers")]))
     if "ffn_dim_divisor" in old:  # OpenELM computes its widths: only the steps become finer
         new["ffn_dim_divisor"] = max(16, 2 ** int(math.log2(old["ffn_dim_divisor"] * ratio)))
     heads = _heads(old, w)
@@ -164,7 +173,7 @@ def _heads(old: dict[str, Any], w: int) -> dict[str, Any] | None:
             found = {name: wide // dim}
             if kv:
                 found[kv] = wide // dim // group
-            return found | ({"head_dim": dim} if "head_dim" in old else {})
+            return found | ({_field(old, "head_dim"): dim} if _field(old, "head_dim") else {})
         if dim % 4:
             return None
         dim //= 2
@@ -180,6 +189,8 @@ def _by_size(new: dict[str, Any], w: int, depth: int) -> dict[str, Any]:
 
 
 def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, vocab_size: int | None) -> str:
+    from megatron_steel.model.text_to_text import TEXT_TO_TEXT
+
     tokens, length = count * _TOKENS_PER_PARAMETER, recipe.data.sequence_length
     batch, micro = _batch(recipe.train, tokens // length)
     steps = math.ceil(tokens / (batch * length))
@@ -188,23 +199,27 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
                      "source": f"megatron-steel recipes scale {name}"}  # fmt: skip
     tree["model"] |= {"config": fields}
     tree["run"].pop("dir", None)
-    for key in ("steps", "epochs", "activation_checkpointing", "precision"):
+    for key in ("steps", "tokens", "epochs", "activation_checkpointing", "precision"):
         tree["train"].pop(key, None)
-    tree["train"] |= {"tokens": tokens, "global_batch_size": batch, "micro_batch_size": micro}
+    # How many labels pairs have is known only when they are read: then as if all were of full length.
+    length_of_run = {"steps": steps} if recipe.model.type in TEXT_TO_TEXT else {"tokens": tokens}
+    tree["train"] |= length_of_run | {"global_batch_size": batch, "micro_batch_size": micro}
     tree["train"] |= {key: min(getattr(recipe.train, key), max(1, steps // 10))
                       for key in ("log_every_steps", "eval_every_steps", "save_every_steps")}  # fmt: skip
     most = {"warmup_steps": steps // 20, "warmup_tokens": tokens // 20}
     tree["schedule"] |= {key: min(tree["schedule"][key], most[key]) for key in most if key in tree["schedule"]}
+    tree["stages"] = _stages(recipe, steps, batch)
     if "residual_multiplier" in fields:  # muP: matrices learn and start by width (arXiv:2203.03466, table 8)
         wider = recipe.model.config["hidden_size"] / fields["hidden_size"]
         for section, key, factor in (("optim", "lr_ratio", wider), ("model", "init_std", wider**0.5)):
             if key in tree[section]:
                 tree[section][key] = {name: round(value * factor, 6) for name, value in tree[section][key].items()}
-    tree.pop("deepspeed")
+    if recipe.optim.name == "adafactor":  # which needs the stage that its recipe names
+        tree["deepspeed"] = _decided(recipe.deepspeed)
     notes = [
         f"{name} with {count:,} parameters: `megatron-steel recipes show {name}` has the sources of its numbers.",
         "Kept: ratios of widths, depth and heads, learning rate, initial std, weight decay, shape of the schedule, data.",
-        f"By rule: {_TOKENS_PER_PARAMETER} tokens a parameter ({steps:,} steps), warm-up at most a twentieth of them, a batch that leaves 1,000, bf16.",
+        f"By rule: {_TOKENS_PER_PARAMETER} tokens a parameter ({steps:,} steps), warm-up at most a twentieth of them, a batch that leaves 1,000, bf16, sharding by itself.",
     ]
     if vocab_size:
         path = f"data/tokenizer-{vocab_size}"
@@ -213,6 +228,32 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
                   "tokenize the data with that one: data made with another is refused."]  # fmt: skip
     body = yaml.safe_dump({key: value for key, value in tree.items() if value}, sort_keys=False, allow_unicode=True)
     return "".join(f"# {note}\n" for note in notes) + body
+
+
+def _stages(recipe: Recipe, steps: int, batch: int) -> list[dict[str, Any]]:
+    """The stages in the same shares of the run, their batches in the same proportion to the run's."""
+    from megatron_steel.stages import parts_of
+
+    scaled = []
+    parts = parts_of(recipe)
+    whole = sum(part.tokens for part in parts)
+    for stage, part in zip(recipe.stages, parts, strict=False):
+        said = {key: value for key, value in _decided(stage).items() if key not in _LENGTHS}
+        for key in ("data", "optim", "train"):
+            said[key] = {name: value for name, value in said.get(key, {}).items() if value is not None}
+        share = part.tokens / whole
+        if any(getattr(stage, key) is not None for key in _LENGTHS):
+            said["ratio"] = round(share, 6)
+        if "global_batch_size" in said["train"]:
+            of = said["train"]["global_batch_size"] / recipe.train.global_batch_size
+            said["train"]["global_batch_size"] = size = max(8, _power_of_two(round(of * batch)))
+            said["train"]["micro_batch_size"] = min(_power_of_two(part.recipe.train.micro_batch_size), size // 8)
+        if stage.schedule:
+            said["schedule"] = _decided(stage.schedule)
+            if "warmup_steps" in said["schedule"]:
+                said["schedule"]["warmup_steps"] = min(said["schedule"]["warmup_steps"], round(share * steps) // 20)
+        scaled.append({"name": said.pop("name"), **{key: value for key, value in said.items() if value}})
+    return scaled
 
 
 def _batch(train: Train, samples: int) -> tuple[int, int]:
@@ -234,4 +275,4 @@ def _decided(section: Any) -> dict[str, Any]:
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if getattr(section, f.name) != default:
             said[f.name] = getattr(section, f.name)
-    return yaml.safe_load(json.dumps(said, default=dataclasses.asdict))
+    return yaml.safe_load(json.dumps(said, default=_decided))

@@ -63,13 +63,15 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
     """
     from megatron_steel.recipe import accumulation_steps, load_recipe
     from megatron_steel.run_folder import refuse_used
+    from megatron_steel.stages import parts_of
 
     resolved = load_recipe(recipe, overrides)
     if num_gpus is not None and num_gpus < 1:
         raise SteelError(f"{num_gpus} ranks cannot train", "--num_gpus", "give at least 1, or leave it out")
     hosts = read_hostfile(hostfile, num_gpus) if hostfile else []
-    if hosts:
-        accumulation_steps(resolved.train, sum(host.slots for host in hosts))
+    trains = [part.recipe.train for part in parts_of(resolved)]
+    for train in trains if hosts or num_gpus else ():  # else the ranks find it out
+        accumulation_steps(train, sum(host.slots for host in hosts) or num_gpus or 1)
     folder = Path(resolved.run.dir).expanduser().absolute()
     words = [recipe, *overrides]
     if resolved.train.resume == "never":  # asked of the folder as it is now; later starts go on with this run's own
@@ -78,8 +80,7 @@ def launch(recipe: str, overrides: list[str], num_gpus: int | None, hostfile: st
     supervisor = Supervisor(folder, words, resolved.train.stop_after_minutes)
     with supervisor.listening():
         if hosts:
-            train = resolved.train
-            cuts = lambda ranks: train.global_batch_size % (train.micro_batch_size * ranks) == 0  # noqa: E731
+            cuts = lambda ranks: not any(t.global_batch_size % (t.micro_batch_size * ranks) for t in trains)  # noqa: E731
             supervisor.run(Cluster(hosts, cuts).start)
         else:
             supervisor.run(on_this_machine(num_gpus))

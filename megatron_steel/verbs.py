@@ -180,6 +180,12 @@ def dpo(model: str, data: str, **settings: Any) -> None:
     tune("dpo", model, data, packing=False, **settings)
 
 
+def resample(model: str, prefixes: list[str], output: str, **settings: Any) -> None:
+    from megatron_steel.post.resample import resample, table
+
+    print(table(resample(model, prefixes, output, **settings)))
+
+
 def audit(source: str, **settings: Any) -> None:
     from megatron_steel.audit import audit
 

@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_steel"
 LAYER = {
-    "errors": 0, "recipe": 0, "dist": 0, "signals": 0,
+    "errors": 0, "recipe": 0, "recipe_checks": 0, "dist": 0, "signals": 0,
     "data": 1, "model": 1, "checkpoint": 1,
     "train": 2, "convert": 2, "post": 2,
-    "planner": 3, "audit": 3, "audit_probe": 3, "audit_replay": 3, "audit_figures": 3, "audit_picture": 3, "preflight": 3,
+    "planner": 3, "audit": 3, "audit_probe": 3, "audit_replay": 3, "audit_figures": 3, "audit_picture": 3, "preflight": 3, "stages": 3, "jobs": 3,
     "device": 3, "catalogue": 3, "scale": 3, "run_folder": 3, "nodes_agree": 3, "inspect_run": 3, "rehearsal": 3,
     "run_report": 3, "pretrain": 4, "tune": 4, "supervise": 4, "hosts": 4, "node": 4, "verbs": 4, "cli": 4,
 }  # fmt: skip

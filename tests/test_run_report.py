@@ -157,7 +157,8 @@ def test_numbers_that_are_none_are_gaps(run):
 
 def test_bad_input(finished, tmp_path, capsys):
     for words, said in (([str(tmp_path)], "this is no run folder"), ([str(finished), "--price-per-gpu-hour=-1"], "is no price"),
-                        ([str(finished), "--output", f"{tmp_path}/none/x.html"], "cannot write")):  # fmt: skip
+                        ([str(finished), "--output", f"{tmp_path}/none/x.html"], "cannot write"),
+                        ([str(finished), "--output", f"{tmp_path}/recipe.yaml"], "no name of")):  # fmt: skip
         assert cli.main(["report", *words]) == 78
         assert said in capsys.readouterr().err
 

@@ -67,9 +67,11 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
         steps = _run_length(manifest)
         if steps and steps > manifest["step"]:
             rows += [("the run's length", f"{steps:,} steps: this is a checkpoint from its middle")]
+        rows += _stages(manifest)
         batch = train["global_batch_size"]
         rows += [
-            ("global batch", f"{batch:,} sequences of {length:,} tokens ({batch * length:,} tokens a step)" + _ramp_words(train)),
+            ("global batch", (f"{batch:,} pairs of a prompt and a response of up to {length:,} tokens each" if _of_pairs(manifest) else
+             f"{batch:,} sequences of {length:,} tokens ({batch * length:,} tokens a step)") + _ramp_words(train)),
             ("optimizer", f"{_optimizer(optim)}, weight decay "
              f"{optim['weight_decay']:g} on {optim['weight_decay_on']}, gradient norm " + (f"at most {optim['clip_grad_norm']:g}" if optim["clip_grad_norm"] else "not clipped")),
             ("learning rate", _schedule(optim["lr"], schedule)),
@@ -78,6 +80,19 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
     if "zero_stage" in manifest and "world_size" in manifest:
         rows += [("sharding", f"DeepSpeed ZeRO stage {manifest['zero_stage']}, world size {manifest['world_size']:,}")]
     return rows + _speed(metrics)
+
+
+def _stages(manifest: dict[str, Any]) -> Rows:
+    """Of a run that changed on its way; the other rows are those of the stage that the checkpoint belongs to."""
+    every = manifest.get("stages") or []  # older runs have none
+    words = [f"{s['name']} (steps {s['first_step'] + 1:,} to {s['first_step'] + s['steps']:,}, {s['tokens']:,} tokens)"
+             for s in every]  # fmt: skip
+    now = manifest.get("stage")
+    return [("stages", f"{', '.join(words)}; what follows is of stage {now} ({every[now - 1]['name']})")] if now else []
+
+
+def _of_pairs(manifest: dict[str, Any]) -> bool:
+    return any(entry.get("kind") == "pairs" for entry in manifest.get("data", []))
 
 
 def _ramp_words(train: dict[str, Any]) -> str:
@@ -89,12 +104,15 @@ def _run_length(manifest: dict[str, Any]) -> int | None:
     """Optimizer steps of the whole run, as `pretrain` counts them from this checkpoint on; None where nobody can tell."""
     from megatron_steel.data.order import blocks
     from megatron_steel.data.order_json import from_json
+    from megatron_steel.data.pairs import SAMPLE_LENGTH
     from megatron_steel.data.ramp import Stage, endless, plan_ramp, steps_of
 
     recipe, done = manifest["recipe"], manifest["step"]
     train, length = recipe["train"], recipe["data"]["sequence_length"]
     stages = [Stage(s["global_batch_size"], s["until_tokens"], s["until_steps"]) for s in train.get("batch_ramp") or []]
     try:
+        if manifest.get("stages"):
+            return int(manifest["stages"][-1]["first_step"] + manifest["stages"][-1]["steps"])
         if train.get("steps"):
             return int(train["steps"])
         ramp = endless(plan_ramp(stages, length), train["global_batch_size"])
@@ -103,6 +121,7 @@ def _run_length(manifest: dict[str, Any]) -> int | None:
             samples = math.ceil((train["tokens"] - manifest["tokens"]) / length)
             whole, rest = steps_of(ramp, trained, max(0, samples))
             return int(done + whole + (rest > 0))
+        length = SAMPLE_LENGTH if _of_pairs(manifest) else length
         samples = int(train["epochs"] * sum(blocks(entry["tokens"], length) for entry in manifest["data"]))
         return int(done + steps_of(ramp, trained, max(0, samples - trained))[0])
     except (KeyError, TypeError, ValueError, SteelError):
@@ -165,9 +184,17 @@ def data_sets(manifest: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for name, entry in zip(names, sets, strict=False):
         weight, samples = _weight(entry, weights), read.get(entry.get("digest", ""))
         share = f"{samples / total:.2%}" if total and samples is not None else ""
-        rows.append((name, f"{entry['tokens']:,}", f"{weight:g}" if weight else "", share))
+        rows.append((name, _size(entry), f"{weight:g}" if weight else "", share))
     before = zip(names[len(sets) :], earlier, strict=True)
-    return rows + [(name, f"{entry['tokens']:,}", "", "no longer read") for name, entry in before]
+    return rows + [(name, _size(entry), "", "no longer read") for name, entry in before]
+
+
+def _size(entry: dict[str, Any]) -> str:
+    from megatron_steel.data.pairs import SAMPLE_LENGTH
+
+    if entry.get("kind") == "pairs":
+        return f"{entry['tokens'] - SAMPLE_LENGTH:,} pairs"
+    return f"{entry['tokens']:,}"
 
 
 def _weight(entry: dict[str, Any], weights: dict[str, float]) -> float | None:

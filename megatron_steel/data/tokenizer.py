@@ -76,7 +76,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if path.is_file() and path.suffix == ".model":
         return _from_sentencepiece(path)
     what = "a tokenizer file ends in .model" if path.is_file() else "there is no such tokenizer"
-    raise SteelError(what, path, "give a Hugging Face tokenizer folder or a sentencepiece .model file")
+    make = f"megatron-steel train-tokenizer TEXT... --output {path} --vocab-size N"
+    raise SteelError(
+        what, path, f"give a Hugging Face tokenizer folder or a sentencepiece .model file, or make one: {make}"
+    )
 
 
 def _from_folder(path: Path) -> Tokenizer:

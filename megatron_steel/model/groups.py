@@ -74,13 +74,22 @@ def by_pattern(model: nn.Module, patterns: Mapping[str, float], where: str) -> d
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            wanted = pattern.strip("*.")
-            ends = {".".join(name.split(".")[-1 - wanted.count(".") :]): name for name in names}
-            near = [ends[end] for end in difflib.get_close_matches(wanted, ends, n=3, cutoff=0.0)]
             what = f"the pattern {pattern!r} matches no parameter (a tied weight goes by its first name)"
-            raise SteelError(what, where, f"the nearest names: {', '.join(near)}")
+            raise SteelError(what, where, f"the nearest names: {', '.join(_nearest(pattern, names))}")
     return {n: next(v for p, v in patterns.items() if fnmatchcase(n, p)) for n in names
             if any(fnmatchcase(n, p) for p in patterns)}  # fmt: skip
+
+
+def _nearest(pattern: str, names: list[str]) -> list[str]:
+    """Up to three names, by their pieces of as many words as the pattern has."""
+    wanted = pattern.strip("*.")
+    words = wanted.count(".") + 1
+    pieces: dict[str, str] = {}
+    for name in names:
+        parts = name.split(".")
+        for i in range(max(1, len(parts) - words + 1)):
+            pieces.setdefault(".".join(parts[i : i + words]), name)
+    return list(dict.fromkeys(pieces[piece] for piece in difflib.get_close_matches(wanted, pieces, n=3, cutoff=0.0)))
 
 
 def _embeddings(model: nn.Module) -> set[int]:

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -17,10 +18,14 @@ from transformers import PreTrainedModel
 from megatron_steel.errors import SteelError
 from megatron_steel.model import regions
 from megatron_steel.model.attention import Attention, choose_attention
+from megatron_steel.model.text_to_text import is_text_to_text, require_plain
 from megatron_steel.recipe import Kernels
 
 _LIGER = "pip install liger-kernel (or megatron-steel[gpu])"
-_APEX = "build it from github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or use kernels.fused=auto"
+_APEX = "build it from github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+
+
+_NO_GPU = "need a CUDA device"
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Choice:
     attention: Attention = Attention()  # noqa: RUF009  (frozen itself)
     fused: str = "torch"
     compile: bool = False
+    fall_back: bool = False
+    """Layers that cannot be compiled run plain: `auto` never fails."""
     outside: tuple[str, ...] = ()
     """Classes that stay out of the compiled layers."""
 
@@ -56,6 +63,8 @@ def choose(
     Raises:
         SteelError: a kernel asked for by name cannot run here.
     """
+    if is_text_to_text(model.config):
+        require_plain(model, kernels.compile is True, documents)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     attention = choose_attention(kernels.attention, model, device, documents, dtype)
     compiled = _compiles(kernels, model, device)
@@ -63,23 +72,24 @@ def choose(
         what = f"{kernels.fused}'s norm is not used in compiled layers: inductor fuses it"
         raise SteelError(what, f"kernels.compile=true, kernels.fused={kernels.fused}", "set one of them to auto")
     if kernels.head == "liger":
-        _require(_liger_problem(device), _LIGER + ", or use kernels.head=auto", "kernels.head=liger")
+        _require(_liger_problem(device), _LIGER, "kernels.head", "liger")
     # Not Liger's by itself: its chunks of 256 tokens re-read the weight, and no GPU figure says that it is faster.
     head = "chunked" if kernels.head == "auto" else kernels.head
     if not compiled:
         return Choice(head, attention, _fused(kernels.fused, device))
     outside = {type(module).__name__ for module in model.modules() if isinstance(module, regions.OUTSIDE)}
-    return Choice(head, attention, "torch", True, tuple(sorted(outside)))
+    return Choice(head, attention, "torch", True, kernels.compile == "auto", tuple(sorted(outside)))
 
 
 def _compiles(kernels: Kernels, model: PreTrainedModel, device: torch.device) -> bool:
     if kernels.compile == "auto":
         # Not foreign code, which nobody has compiled; not where a run must repeat bitwise, as inductor times its kernels.
         known = type(model).__module__.startswith(("megatron_steel.", "transformers.models."))
+        known = known and not is_text_to_text(model.config)  # lengths change from batch to batch
         wanted = known and kernels.fused in ("auto", "torch") and not torch.are_deterministic_algorithms_enabled()
         return wanted and device.type == "cuda" and _compiler_problem(device) is None
     if kernels.compile:
-        _require(_compiler_problem(device), "install it, or use kernels.compile=auto", "kernels.compile=true")
+        _require(_compiler_problem(device), "install it", "kernels.compile", "true")
     return bool(kernels.compile)
 
 
@@ -91,15 +101,17 @@ def _fused(name: str, device: torch.device) -> str:
             return "liger"
         return "apex" if apex_problem(device) is None else "torch"
     if name == "liger":
-        _require(_liger_problem(device), _LIGER + ", or use kernels.fused=auto", "kernels.fused=liger")
+        _require(_liger_problem(device), _LIGER, "kernels.fused", "liger")
     if name == "apex":
-        _require(apex_problem(device), _APEX, "kernels.fused=apex")
+        _require(apex_problem(device), _APEX, "kernels.fused", "apex")
     return name
 
 
-def _require(problem: str | None, remedy: str, where: str) -> None:
+def _require(problem: str | None, how: str, key: str, name: str) -> None:
+    """`how` to get what is missing; no installation gives a machine a GPU."""
     if problem:
-        raise SteelError(f"the kernel cannot run here: {problem}", where, remedy)
+        get = "" if _NO_GPU in problem else f"{how}, or "
+        raise SteelError(f"the kernel cannot run here: {problem}", f"{key}={name}", f"{get}use {key}=auto")
 
 
 def _compiler_problem(device: torch.device) -> str | None:
@@ -120,20 +132,23 @@ def _liger_problem(device: torch.device) -> str | None:
 
     # triton's interpreter (TRITON_INTERPRET=1) computes on a CPU, slowly: for tests
     if device.type != "cuda" and not knobs.runtime.interpret:
-        return f"Liger's kernels need a CUDA device, and this is {device.type}"
+        return f"Liger's kernels {_NO_GPU}, and this is {device.type}"
     return None
 
 
 def apex_problem(device: torch.device) -> str | None:
     """Why NVIDIA apex's fused norm cannot run; PyPI's package of that name is another program."""
     if device.type != "cuda":
-        return f"NVIDIA apex needs a CUDA device, and this is {device.type}"
-    if importlib.util.find_spec("apex") is None:
+        return f"NVIDIA apex's kernels {_NO_GPU}, and this is {device.type}"
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
         return "NVIDIA apex is not installed"
+    if not any((Path(folder) / "normalization").is_dir() for folder in spec.submodule_search_locations or []):
+        return f"the installed apex {_version('apex')} is another program (PyPI's), not NVIDIA apex"
     try:
         importlib.import_module("apex.normalization")
-    except Exception:  # PyPI's apex is a web toolkit and raises at import whatever it misses
-        return f"the installed apex {_version('apex')} is another program (PyPI's), not NVIDIA apex"
+    except Exception as error:  # whatever a foreign build raises
+        return f"NVIDIA apex does not load; it may be built for another torch ({error})"
     if importlib.util.find_spec("fused_layer_norm_cuda") is None:
         return "NVIDIA apex was built without its CUDA extensions (fused_layer_norm_cuda)"
     return None

@@ -17,11 +17,17 @@ OUTSIDE = (SteelLaggedMixture,)
 """Modules that run uncompiled in a compiled layer: a dozen graphs, and new ones for every number of documents."""
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
+def compile_layers(model: nn.Module, backend: Any = "inductor", fall_back: bool = False) -> int:
     """Compile every decoder layer in place; parameters and names stay. Returns how many.
 
     Shapes are static: another micro-batch size compiles anew. A lagged mixture stays outside the graph (`OUTSIDE`).
+
+    Args:
+        fall_back: what cannot be compiled when it is first called runs plain, with torch's warning why (for all of the
+            process: torch has one such switch).
     """
+    if fall_back:
+        torch._dynamo.config.suppress_errors = True
     layers = [layer for _, layer in parts.decoder_layers(model)]
     for layer in layers:
         for part in layer.modules():

@@ -14,6 +14,7 @@ from megatron_steel.planner.hardware import Cluster
 from megatron_steel.planner.settings import Candidate
 from megatron_steel.planner.work import work_of
 from megatron_steel.recipe import Recipe
+from megatron_steel.stages import Part, parts_of
 
 _SECONDS_A_DAY = 86_400
 
@@ -44,6 +45,8 @@ def plan(recipe: Recipe, name: str, cluster: Cluster, price: float | None = None
     tokens, steps = length(recipe)
     own = _own(recipe, model, cluster)
     best = found[0]
+    parts = parts_of(recipe)
+    models = {part.recipe.data.sequence_length: _model(part.recipe) for part in parts if part.number}
     stage = int(settings.zero_section(best.file)["stage"])
     return {
         "recipe": name,
@@ -55,20 +58,24 @@ def plan(recipe: Recipe, name: str, cluster: Cluster, price: float | None = None
         "run": {"tokens": tokens, "steps": steps, "global_batch_size": batch,
                 "tokens_per_step": batch * model.work.sequence_length},
         "memory": _memory_table(model, recipe, cluster, may_checkpoint),
-        "settings": [_setting(c, model, cluster, tokens, price) for c in found],
+        "settings": [_setting(c, model, cluster, _seconds(c, tokens, parts, models, cluster), price) for c in found],
         "why": settings.why(best, found, cluster),
-        "recipe_as_it_is": own and {**_setting(own, model, cluster, tokens, price),
+        "recipe_as_it_is": own and {**_setting(own, model, cluster, _seconds(own, tokens, parts, models, cluster), price),
                                     "fits": fits.fits(own.memory, cluster)},
         "smallest_change": _change_of(recipe, own, model, cluster, may_checkpoint),
         "communication": _communication(model, cluster, best),
         "disk": asdict(disk(recipe, model.work.parameters, model.work.vocab_size, stage, steps, tokens)),
         "claims": _claims(name, recipe, model),
+        "stages": [_stage(part, models, best, cluster) for part in parts if part.number],
         "notes": _notes(cluster, best, model),
     }  # fmt: skip
 
 
 def length(recipe: Recipe) -> tuple[int | None, int | None]:
     """(tokens, steps) of the whole run; (None, None) where only the data can tell (train.epochs)."""
+    if recipe.stages:
+        parts = parts_of(recipe)
+        return sum(part.tokens for part in parts), sum(part.steps for part in parts)
     per_step = recipe.train.global_batch_size * recipe.data.sequence_length
     if recipe.train.steps is not None:
         return recipe.train.steps * per_step, recipe.train.steps
@@ -160,9 +167,8 @@ def _memory_table(model: fits.Model, recipe: Recipe, cluster: Cluster, may_check
 
 
 def _setting(
-    c: Candidate, model: fits.Model, cluster: Cluster, tokens: int | None, price: float | None
+    c: Candidate, model: fits.Model, cluster: Cluster, seconds: float | None, price: float | None
 ) -> dict[str, Any]:
-    seconds = tokens / c.tokens_per_second if tokens else None
     hours = seconds * cluster.ranks / 3600 if seconds else None
     per_gpu = c.tokens_per_second / cluster.ranks
     return {
@@ -175,6 +181,42 @@ def _setting(
         "mfu_six_n": per_gpu * model.work.six_n / cluster.gpu.peak,
         "days": seconds / _SECONDS_A_DAY if seconds else None, "gpu_hours": hours,
         "cost": hours * price if hours is not None and price is not None else None,
+    }  # fmt: skip
+
+
+def _seconds(
+    c: Candidate, tokens: int | None, parts: list[Part], models: dict[int, fits.Model], cluster: Cluster
+) -> float | None:
+    """Of the whole run, stage by stage; None where its length is not known or a stage does not fit."""
+    if not models:
+        return tokens / c.tokens_per_second if tokens else None
+    total = 0.0
+    for part in parts:
+        own = _of_stage(part, models, c, cluster)
+        if own is None:
+            return None
+        total += part.tokens / own.tokens_per_second
+    return total
+
+
+def _of_stage(part: Part, models: dict[int, fits.Model], c: Candidate, cluster: Cluster) -> Candidate | None:
+    """The setting `c` with the sequences, the batch and the largest micro-batch of a stage; None where it does not fit."""
+    model, batch = models[part.recipe.data.sequence_length], part.recipe.train.global_batch_size
+    zero = settings.zero_section(c.file)
+    largest = fits.largest_micro_batch(model, zero, cluster, c.checkpointing, batch)
+    cuts = [m for m in settings.divisors(batch, cluster.ranks) if m <= largest]
+    same = [m for m in cuts if m == c.micro_batch]  # as the setting says, where the stage can
+    return settings.evaluate(model, c.file, cluster, c.checkpointing, (same or cuts)[-1], batch) if cuts else None
+
+
+def _stage(part: Part, models: dict[int, fits.Model], best: Candidate, cluster: Cluster) -> dict[str, Any]:
+    """A stage under the best setting."""
+    own = _of_stage(part, models, best, cluster)
+    return {
+        "name": part.name, "steps": part.steps, "tokens": part.tokens, "fits": own is not None,
+        "sequence_length": part.recipe.data.sequence_length, "global_batch_size": part.recipe.train.global_batch_size,
+        "micro_batch": own and own.micro_batch, "memory": own and own.memory.device,
+        "days": own and part.tokens / own.tokens_per_second / _SECONDS_A_DAY,
     }  # fmt: skip
 
 

@@ -4,7 +4,15 @@ from typing import Any
 
 
 def as_text(tree: dict[str, Any]) -> str:
-    sections = [_head(tree), _memory(tree), _settings(tree), _communication(tree), _disk(tree), _claims(tree)]
+    sections = [
+        _head(tree),
+        _memory(tree),
+        _settings(tree),
+        _stages(tree),
+        _communication(tree),
+        _disk(tree),
+        _claims(tree),
+    ]
     sections.append("\n".join(f"note: {note}" for note in [*tree["notes"], _CURVE]))
     return "\n\n".join(section for section in sections if section)
 
@@ -53,6 +61,19 @@ def _settings(tree: dict[str, Any]) -> str:
         lines.append(_line("the recipe as it is", own) + ("" if own["fits"] else "  does not fit"))
     if tree["smallest_change"]:
         lines.append(f"smallest change to the recipe that fits: {tree['smallest_change']}")
+    return "\n".join(lines)
+
+
+def _stages(tree: dict[str, Any]) -> str:
+    lines = ["stages with the best setting"] if tree["stages"] else []
+    for s in tree["stages"]:
+        told = (
+            f"{s['days']:,.1f} days, {s['micro_batch']} samples a pass, {_gb(s['memory'])} GB"
+            if s["fits"]
+            else "does not fit"
+        )
+        lines.append(f"{s['name']:20} {s['tokens'] / 1e9:,.1f}B tokens in {s['steps']:,} steps of {s['global_batch_size']} x "
+                     f"{s['sequence_length']}: {told}")  # fmt: skip
     return "\n".join(lines)
 
 

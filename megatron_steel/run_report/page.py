@@ -33,7 +33,8 @@ def write_report(run: str, output: str | None = None, price_per_gpu_hour: float 
         price_per_gpu_hour: in any currency; the cost is in the same.
 
     Raises:
-        SteelError: no run folder, a price below 0, or a place that cannot be written.
+        SteelError: no run folder, a price below 0, an output that is no page (whatever lies there would be replaced), or
+            a place that cannot be written.
     """
     from megatron_steel.data.reserve import published
 
@@ -41,6 +42,8 @@ def write_report(run: str, output: str | None = None, price_per_gpu_hour: float 
         raise SteelError(
             f"{price_per_gpu_hour} is no price", "--price-per-gpu-hour", "give what an hour of one GPU costs"
         )
+    if output and Path(output).suffix not in (".html", ".htm"):
+        raise SteelError("the report is a page, and this is no name of one", f"--output {output}", "name it FILE.html")
     folder = Path(run).expanduser()
     text = page_of(read(folder), price_per_gpu_hour)
     target = Path(output) if output else folder / "report.html"

@@ -59,12 +59,12 @@ def read(folder: Path) -> RunFiles:
     text = _text(folder / "recipe.yaml")
     return RunFiles(
         folder=folder,
-        training=[r for r in rows if "loss" in r and "tokens" in r],
-        validation=[r for r in rows if r.get("validation_loss") is not None and "tokens" in r],
-        roll_backs=[r for r in rows if "spike_at_step" in r],
-        samples=[r for r in read_metrics(folder / SAMPLES) if "prompt" in r and "text" in r],
-        starts=[r for r in _lines(folder / STARTS) if "time" in r and "from_step" in r],
-        launches=[r for r in _lines(folder / HISTORY) if "began" in r and "ended" in r],
+        training=[r for r in rows if "loss" in r and _numbers(r, "step", "tokens")],
+        validation=[r for r in rows if _numbers(r, "step", "tokens", "validation_loss")],
+        roll_backs=[r for r in rows if _numbers(r, "step", "spike_at_step")],
+        samples=[r for r in read_metrics(folder / SAMPLES) if "prompt" in r and "text" in r and _numbers(r, "step")],
+        starts=[r for r in _lines(folder / STARTS) if _numbers(r, "time", "from_step")],
+        launches=[r for r in _lines(folder / HISTORY) if _numbers(r, "began", "ended")],
         holder=_text(folder / "run.lock").strip(),
         audit=read_verdict(folder),
         checkpoints=checkpoints,
@@ -87,6 +87,10 @@ def _checkpoints(folder: Path) -> tuple[list[Row], list[str]]:
         except OSError:  # deleted at this moment by the run, which has a newer one
             continue
     return found, damaged
+
+
+def _numbers(row: Row, *keys: str) -> bool:
+    return all(isinstance(row.get(key), int | float) for key in keys)
 
 
 def _lines(file: Path) -> list[Row]:

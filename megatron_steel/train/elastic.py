@@ -56,7 +56,11 @@ def places(engine: "DeepSpeedEngine") -> list[Place]:
 def layout_of(engine: "DeepSpeedEngine") -> dict[str, Any]:
     """What must agree for DeepSpeed to load its own files; the same on every rank (a collective call)."""
     optimizer, base = engine.optimizer, _base(engine)
-    cuts = [(p.name, p.flat.numel(), str(p.flat.device.type), p.at, p.start, p.count) for p in places(engine)]
+    cuts: list[Any] = [
+        (p.name, p.flat.numel(), str(p.flat.device.type), p.at, p.start, p.count) for p in places(engine)
+    ]
+    if engine.zero_optimization_stage() == 0:  # there each parameter is a tensor of its own, whatever group it is in
+        cuts.append([len(group["params"]) for group in base.param_groups])
     mine = {
         "optimizer": f"{type(optimizer).__name__}, {type(base).__module__}.{type(base).__name__}",
         "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
@@ -82,8 +86,8 @@ def load(engine: "DeepSpeedEngine", checkpoint: Path) -> None:
     import torch
 
     if isinstance(_base(engine), torch.optim.Adafactor):
-        what = "Adafactor's factored state goes on only in the precision that it was saved in"
-        raise SteelError(what, checkpoint, "resume with the train.precision of the checkpoint")
+        what = "Adafactor's factored state goes on only in the precision and the groups that it was saved in"
+        raise SteelError(what, checkpoint, "resume with train.precision and optim.lr_ratio of the checkpoint")
     if getattr(engine.optimizer, "swap_optimizer", False):
         what = "an optimizer that is offloaded to NVMe loads only what the same ranks and sharding have saved"
         raise SteelError(what, checkpoint, "resume as the checkpoint was written, or offload to the CPU")

@@ -64,6 +64,8 @@ class Job:
     step: int = 0
     tokens: int = 0
     labels_ahead: Callable[[], int] = lambda: 0
+    run_steps: int = 0
+    """Of the whole run, of which `steps` may end a stage."""
     tokens_ahead: int = 0
     """Of the next global batch, as the ranks have told each other; 0: they must still."""
     flops_per_token: float = 0.0
@@ -74,6 +76,7 @@ class Job:
     health: Health = field(init=False)
 
     def __post_init__(self) -> None:
+        self.run_steps = self.run_steps or self.steps
         self.health = Health(self.engine.module, self.engine.device)
 
 
@@ -152,7 +155,7 @@ def fit(job: Job) -> None:
                 stop = stop or (saved and job.watch.agreed_stop())  # leave without another step
             if stop and not last:
                 reason = next(r for r in dist.gather(job.watch.stop_wanted()) if r)
-                raise Stopped(f"stopped at step {job.step} of {job.steps} on request ({reason})")
+                raise Stopped(f"stopped at step {job.step} of {job.run_steps} on request ({reason})")
             garbage.after_step(evaluated or saved)
 
 
@@ -274,7 +277,9 @@ def validate(job: Job) -> float | None:
     by_set = {f"validation_loss/{name}": float(s / n) for name, (s, n) in zip(job.validation, sums, strict=True)}
     row = {"tokens": job.tokens, "validation_loss": total / tokens, **(by_set if len(by_set) > 1 else {})}
     job.monitor.scalars(job.step, row)
-    dist.log.info("step %6d/%d | validation loss %.4f over %d tokens", job.step, job.steps, total / tokens, int(tokens))
+    dist.log.info(
+        "step %6d/%d | validation loss %.4f over %d tokens", job.step, job.run_steps, total / tokens, int(tokens)
+    )
     return total / tokens
 
 
@@ -324,7 +329,7 @@ def log_step(job: Job, done: StepResult, steps: int, tokens: int) -> None:
     if job.peak_flops:
         row["share_of_peak"] = tokens_per_second * job.flops_per_token / (job.peak_flops * dist.world_size())
     job.monitor.scalars(job.step, row, by_layer(health))
-    dist.log.info("%s", progress_line(job.step, job.steps, row, (job.steps - job.step) * seconds_training))
+    dist.log.info("%s", progress_line(job.step, job.run_steps, row, (job.run_steps - job.step) * seconds_training))
 
 
 def is_logged(job: Job) -> bool:

@@ -26,12 +26,19 @@ def learning_rate(
     - `one_cycle` (arXiv 1708.07120, as `torch.optim.lr_scheduler.OneCycleLR` does it): up and down by half a cosine each.
       OneCycleLR's pct_start is `warmup_ratio`, 1 / div_factor is `initial_lr_ratio`, and
       1 / (div_factor * final_div_factor) is `min_lr_ratio`.
+
+    All of it counts from the first end of `schedule.span` to its second, where there is one; before it the warm-up has
+    not begun, behind it the rate stays as it ended.
     """
+    in_tokens = schedule.warmup_tokens is not None
+    begin, until = schedule.span or (0, total_tokens if in_tokens else steps)
+    at, end = float((tokens if in_tokens else step) - begin), float(until - begin)
+    if schedule.span:
+        at = min(max(0.0, at), end)
     if schedule.warmup_tokens is not None:
-        at, end, warmup = float(tokens), float(total_tokens), float(schedule.warmup_tokens)
+        warmup = float(schedule.warmup_tokens)
     else:
-        at, end = float(step), float(steps)
-        warmup = schedule.warmup_steps if schedule.warmup_ratio is None else schedule.warmup_ratio * steps
+        warmup = schedule.warmup_steps if schedule.warmup_ratio is None else schedule.warmup_ratio * end
     first, floor = schedule.initial_lr_ratio, schedule.min_lr_ratio
     if schedule.name == "one_cycle":
         if at <= warmup:

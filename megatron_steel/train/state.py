@@ -212,6 +212,11 @@ def restore(engine: "DeepSpeedEngine", checkpoint: commit.Checkpoint) -> Progres
         group.update(wanted)
     if clip is not None:
         optimizer.clip_grad = clip
+    return progress_of(checkpoint)
+
+
+def progress_of(checkpoint: commit.Checkpoint) -> Progress:
+    """How far the run was when it was saved."""
     manifest = checkpoint.manifest
     later = manifest.get("skipped_steps", 0), manifest.get("spikes")  # older checkpoints have neither
     return Progress(checkpoint.step, manifest["tokens"], manifest["order"], *later)

@@ -101,6 +101,10 @@ class Watch:
             self.longest_pause = max(self.longest_pause or 0.0, now - self.progressed_at)
         self.step, self.progressed_at = step, now
 
+    def new_shapes(self) -> None:
+        """The next step has other sizes: it compiles and allocates, and how long that takes nobody knows."""
+        self.longest_pause, self.progressed_at = None, time.monotonic()
+
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """A save takes longer than a step and leaves no marks."""

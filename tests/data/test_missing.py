@@ -28,6 +28,15 @@ def test_every_missing_data_set_is_named_with_its_commands(tmp_path):
     require_made([prefixes[1]], "tok", "data.train")
 
 
+def test_a_set_called_train_is_made_of_its_folder_s_text():
+    assert commands("data/zh/train", "tok") == [
+        "megatron-steel tokenize zh.jsonl --tokenizer tok --output data/zh/train"
+    ]
+    assert commands("data/skypile/train", "tok")[-1].endswith(
+        "skypile.jsonl --tokenizer tok --output data/skypile/train"
+    )
+
+
 def test_the_commands_are_commands():
     for line in [line for name in ("skypile", "belle-2m", "own") for line in commands(f"data/{name}", "tok")]:
         _parser().parse_args(re.sub(r"\$\(.*\)", "file", line).split()[1:])

@@ -88,6 +88,9 @@ def test_a_pattern_that_matches_nothing_is_an_error(where):
         use.get(where, draw_again)(llama(), patterns)
     assert caught.value.where == where
     assert "self_attn.q_proj.weight" in caught.value.remedy
+    with pytest.raises(SteelError) as caught:
+        use.get(where, draw_again)(llama(), {"*.q_prj.*": 0.1})
+    assert "self_attn.q_proj.weight" in caught.value.remedy
 
 
 def test_init_std_draws_these_weights_and_no_other():

@@ -47,7 +47,7 @@ def test_auto_on_a_cpu_is_the_plain_road_and_the_default():
         (Kernels(attention="flash_attention_3"), False, "it needs a CUDA device"),
         (Kernels(head="liger"), False, "Liger's kernels need a CUDA device, and this is cpu"),
         (Kernels(fused="liger"), False, "Liger's kernels need a CUDA device"),
-        (Kernels(fused="apex"), False, "NVIDIA apex needs a CUDA device, and this is cpu"),
+        (Kernels(fused="apex"), False, "NVIDIA apex's kernels need a CUDA device, and this is cpu"),
         (Kernels(fused="liger", compile=True), False, "inductor fuses it"),
     ],
 )
@@ -56,6 +56,7 @@ def test_a_kernel_that_cannot_run_says_why_and_where(kernels, documents, said):
         choose(kernels, model(), CPU, "fp32", documents)
     assert "kernels." in str(raised.value)
     assert "auto" in str(raised.value)
+    assert "pip install" not in raised.value.remedy  # nothing to install makes it run here
 
 
 def test_what_a_cpu_can_do_by_name():
@@ -98,8 +99,11 @@ def test_the_apex_of_pypi_is_known_for_another_program(tmp_path, monkeypatch):
         (tmp_path / "apex" / "normalization" / "__init__.py").write_text("")
         kernels_of.importlib.invalidate_caches()
         assert "built without its CUDA extensions" in apex_problem(cuda)
+        del sys.modules["apex.normalization"]
+        (tmp_path / "apex" / "normalization" / "__init__.py").write_text("raise ImportError('undefined symbol')")
+        assert apex_problem(cuda).endswith("built for another torch (undefined symbol)")
         with pytest.raises(SteelError, match=r"github\.com/NVIDIA/apex"):
-            kernels_of._require(apex_problem(cuda), kernels_of._APEX, "kernels.fused=apex")
+            kernels_of._require(apex_problem(cuda), kernels_of._APEX, "kernels.fused", "apex")
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
             del sys.modules[name]

@@ -52,6 +52,26 @@ def loss_and_gradients(model):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@torch._dynamo.config.patch(suppress_errors=False)  # puts back afterwards what is set inside
+def test_layers_that_do_not_compile_run_plain_where_nobody_asked_for_it_by_name():
+    """A back end that fails: `auto` goes on with the plain losses, a name ends with the error."""
+
+    def fails(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    expected, gradients = loss_and_gradients(build())
+    model = build()
+    regions.compile_layers(model, backend=fails)
+    with pytest.raises(Exception, match="no such instruction"):
+        loss_and_gradients(model)
+    torch._dynamo.reset()
+    model = build()
+    regions.compile_layers(model, backend=fails, fall_back=True)
+    loss, found = loss_and_gradients(model)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(found[name], g) for name, g in gradients.items())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_model_is_the_plain_one(checkpointing):
     """fp32; loss within 1e-6 of itself, gradients within 1e-5; all layers share two graphs, forward and backward once."""

@@ -32,6 +32,16 @@ def report(monkeypatch):
     return report
 
 
+def test_what_cannot_be_checked_or_written_is_said_before_ten_minutes(report, monkeypatch, tmp_path, capsys):
+    import check_node
+
+    for words, said in ((["--gpus", "0"], "0 ranks"), (["--out", f"{tmp_path}/none/x.md"], "there is no folder")):
+        monkeypatch.setattr(sys, "argv", ["check_node.py", *words])
+        with pytest.raises(SystemExit):
+            check_node.main()
+        assert said in capsys.readouterr().err
+
+
 def test_what_held_becomes_a_row_and_what_did_not_is_said(report):
     text = report.as_markdown(RESULTS)
     assert report.all_hold(RESULTS)

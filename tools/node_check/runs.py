@@ -84,17 +84,21 @@ def train(folder: Path, name: str, ranks: int, recipe: str, *overrides: str, kil
     last = 0
     with (folder / f"{name}.log").open("w+", encoding="utf-8") as log:
         job = subprocess.Popen([*command, *overrides], stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": paths})
-        while job.poll() is None:
-            if time.monotonic() - begin > _LIMIT:
-                job.send_signal(signal.SIGTERM)
-            if kill_at is not None and resumed_after is None:
-                now = max(_rows(run), default=0)
-                if killed_at is None and now >= kill_at:
-                    last = _kill_last_rank(run, ranks) and now
-                    killed_at = time.monotonic() if last else None
-                elif killed_at is not None and "starting again in" in Path(log.name).read_text() and now > last:
-                    resumed_after = time.monotonic() - killed_at
-            time.sleep(0.02)
+        try:
+            while job.poll() is None:
+                if time.monotonic() - begin > _LIMIT:
+                    job.send_signal(signal.SIGTERM)
+                if kill_at is not None and resumed_after is None:
+                    now = max(_rows(run), default=0)
+                    if killed_at is None and now >= kill_at:
+                        last = _kill_last_rank(run, ranks) and now
+                        killed_at = time.monotonic() if last else None
+                    elif killed_at is not None and "starting again in" in Path(log.name).read_text() and now > last:
+                        resumed_after = time.monotonic() - killed_at
+                time.sleep(0.02)
+        finally:  # this check may be ended itself
+            job.terminate()
+            job.wait()
         log.seek(0)
         said = log.read()
     return Run(job.returncode, time.monotonic() - begin, _rows(run), said, resumed_after)
