@@ -118,6 +118,7 @@ def test_an_interrupted_run_equals_one_that_was_not(stop, train, straight, stage
     _equal(_state(cut), _state(train.root / "straight"))
 
 
+@pytest.mark.slow
 def test_a_stop_that_is_asked_for_at_a_boundary_comes_there(train, straight, staged, monkeypatch):
     save = state.save
 
