@@ -25,12 +25,19 @@ class Call:
     y: torch.Tensor
 
 
+_PROMPT = 7  # tokens; no length that is probed
+
+
 class _SeenEnough(Exception):  # noqa: N818  (it ends a forward pass early)
     pass
 
 
 def forward(model: nn.Module, ids_BT: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Logits [B, T, V] of a pass without a cache."""
+    """Logits [B, T, V] of a pass without a cache. An encoder-decoder's tokens are the decoder's, after one fixed prompt."""
+    if takes(model, "decoder_input_ids"):
+        inputs["decoder_input_ids"] = ids_BT
+        words = model.config.get_text_config().vocab_size
+        ids_BT = torch.arange(_PROMPT, device=ids_BT.device).expand(len(ids_BT), -1) % words
     if takes(model, "use_cache"):
         inputs["use_cache"] = False
     return logits_of(model(input_ids=ids_BT, **inputs))
@@ -137,7 +144,7 @@ def kind_of_layer(layer: nn.Module) -> tuple:
 
 def embedding_of(model: Any) -> nn.Module | None:
     with contextlib.suppress(NotImplementedError, AttributeError):
-        found = model.get_input_embeddings()
+        found = (model.get_decoder() if takes(model, "decoder_input_ids") else model).get_input_embeddings()
         if isinstance(found, nn.Module):
             return found
     words = model.config.get_text_config().vocab_size

@@ -140,6 +140,8 @@ def _data(verb: AddVerb) -> None:
     p.add_argument("--tokenizer", dest="tokenizer_path", required=True, metavar="DIR_OR_MODEL")
     p.add_argument("--output", dest="output_prefix", required=True, metavar="PREFIX")
     p.add_argument("--text-key", default="text", help="the column or key that holds the text (default: text)")
+    p.add_argument("--prompt-key", metavar="KEY", help="with --response-key: pairs for an encoder-decoder, not texts")
+    p.add_argument("--response-key", metavar="KEY", help="the column or key that holds the response")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     p.add_argument("--validation-ratio", type=float, default=0.0,
                    help="share of documents for PREFIX-validation, chosen by content (default: 0)")  # fmt: skip

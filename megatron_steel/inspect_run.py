@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_steel.checkpoint.commit import Checkpoint
     from megatron_steel.data.indexed import IndexedDataset
     from megatron_steel.data.manifest import Manifest
-    from megatron_steel.data.order import OrderState
+    from megatron_steel.data.order import OrderState, Place
     from megatron_steel.data.segments import Member
 
 
@@ -191,10 +191,8 @@ def _order_of(run: _Run, folder: Path, step: int) -> "tuple[OrderState, bool, Re
 
 def _members(recipe: Recipe) -> "list[Member]":
     from megatron_steel.data.manifest import trust
-    from megatron_steel.data.segments import Member
 
-    found = [(p, trust(p.prefix)) for p in _prefixes(recipe)]
-    return [Member(p.prefix, manifest.digest, manifest.tokens, p.weight) for p, manifest in found]
+    return [preflight.member(p, trust(p.prefix)) for p in _prefixes(recipe)]
 
 
 def _foreseen(order: "OrderState", steps: int, part: stages.Part, folder: Path) -> "Checkpoint":
@@ -233,6 +231,8 @@ class _Data:
     def sample(self, order: "OrderState", number: int, whose: tuple[int, int, int], decode: Any) -> Sample:
         place = order.locate(number)
         data = self._dataset(place.digest)
+        if self._manifests[place.digest].kind == "pairs":
+            return self._pair(number, whose, place, decode)
         stop = place.start + place.sequence_length + 1
         starts = [place.start, *data.document_cuts(place.start, stop).tolist()]
         pieces = []
@@ -242,6 +242,17 @@ class _Data:
             first = int(data.document_starts(document, document + 1)[0])
             origin = self._manifests[place.digest].origin(document) or ("", None)
             pieces.append(Piece(document, *origin, start - first, ids, decode(ids)))
+        return Sample(number, *whose, data.prefix, place.epoch, place.start, pieces)
+
+    def _pair(self, number: int, whose: tuple[int, int, int], place: "Place", decode: Any) -> Sample:
+        """A prompt and a response, whole; `start` is the number of the pair."""
+        from megatron_steel.data.pairs import read_pair
+
+        data, origin = self._open[place.digest], self._manifests[place.digest].origin(place.start) or ("", None)
+        pieces, first = [], 0
+        for side in read_pair(data, place.start, data.tokens):
+            pieces.append(Piece(place.start, *origin, first, side.tolist(), decode(side.tolist())))
+            first += len(side)
         return Sample(number, *whose, data.prefix, place.epoch, place.start, pieces)
 
     def _dataset(self, digest: str) -> "IndexedDataset":

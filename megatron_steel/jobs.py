@@ -84,7 +84,7 @@ def job_of(
     engines.set_micro_batch(engine, recipe.train.micro_batch_size)
     spikes = _spikes(recipe, progress, order)
     facts = run_folder.facts_of(recipe, plan, config, checkpoint) | stages.facts_of(part, running.parts)
-    dataset = preflight.open_dataset(plan.train, order)
+    dataset = preflight.open_dataset(plan.train, order, recipe.data.sequence_length)
     cut = recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.rank(), dist.world_size()
     pin = device.type == "cuda"
     stage = {"stage": part.number} if part.number else {}
@@ -165,7 +165,8 @@ def _roll_back(
     with watch.saving():  # it reads and deletes as much as a save writes
         progress = state.restore(engine, back.checkpoint)
         dist.together(lambda: discard_after(folder, progress.step), only=dist.is_main())
-        loader.reopen(preflight.open_dataset(plan.train, back.order), back.order)
+        dataset = preflight.open_dataset(plan.train, back.order, recipe.data.sequence_length)
+        loader.reopen(dataset, back.order)
     monitor.go_back(progress.step)
     watch.skipped_steps = progress.skipped_steps
     spikes.back_to(progress.step, progress.spikes, back.done)
@@ -178,6 +179,6 @@ def _roll_back(
 
 
 def total_tokens(recipe: Recipe, steps: int, checkpoint: "Checkpoint | None") -> int:
-    """Tokens that the run will have trained on when it is complete."""
+    """Tokens that the run will have trained on when it is complete; of pairs the most that there can be."""
     done = checkpoint.manifest["tokens"] if checkpoint else 0
     return done + preflight.samples_to_come(recipe, steps, checkpoint) * recipe.data.sequence_length

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from megatron_steel.checkpoint.commit import Checkpoint
     from megatron_steel.data.dataset import BlendedDataset
     from megatron_steel.data.loader import Batch
+    from megatron_steel.data.manifest import Manifest
     from megatron_steel.data.order import OrderState, Segment
+    from megatron_steel.data.pairs import PairDataset
     from megatron_steel.data.ramp import Ramp
     from megatron_steel.data.segments import Member
     from megatron_steel.data.tokenizer import Tokenizer
@@ -39,6 +41,11 @@ class RunPlan:
     validation: "list[Member]"
     prompts: "Prompts | None" = None
 
+    @property
+    def pairs(self) -> bool:
+        """Whether a sample is a prompt and a response, for an encoder-decoder."""
+        return self.train[0].pairs
+
 
 def plan_run(recipe: Recipe) -> RunPlan:
     """Check data, tokenizer and model against each other; a collective call.
@@ -54,12 +61,15 @@ def plan_run(recipe: Recipe) -> RunPlan:
     from megatron_steel.model.build import build_config, construct
     from megatron_steel.model.flops import flops_per_token, parameters
     from megatron_steel.model.groups import by_pattern
+    from megatron_steel.model.text_to_text import TEXT_TO_TEXT, is_text_to_text
     from megatron_steel.model.training import require_document_mask
     from megatron_steel.train.samples import Prompts
 
     def check() -> RunPlan:
         for key, data in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or [])):
-            require_made([p.prefix for p in _listed(data)], recipe.tokenizer.path, key)
+            require_made(
+                [p.prefix for p in _listed(data)], recipe.tokenizer.path, key, recipe.model.type in TEXT_TO_TEXT
+            )
         tokenizer = load_tokenizer(recipe.tokenizer.path)
         config = build_config(recipe.model, tokenizer.vocab_size)
         if recipe.data.document_mask:
@@ -72,6 +82,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
             by_pattern(model, recipe.model.init_std, "model.init_std")
         train = _members(recipe.data.train, config.vocab_size, tokenizer)
         validation = _members(recipe.data.validation, config.vocab_size, tokenizer) if recipe.data.validation else []
+        _require_kind(recipe, train + validation, is_text_to_text(config))
         length = recipe.data.sequence_length
         flops = flops_per_token(config, length)
         positions = getattr(config, "max_position_embeddings", None)
@@ -79,7 +90,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
             what = f"sequences of {length} tokens do not fit a model of {positions} positions"
             raise SteelError(what, "data.sequence_length", "set model.config.max_position_embeddings, or a shorter one")
         for members in filter(None, (train, validation)):  # raises where the order of data cannot be planned
-            plan_segments(None, members, length, 1, 1, recipe.run.seed)
+            plan_segments(None, members, sample_length(recipe, members), 1, 1, recipe.run.seed)
         if {m.digest for m in train} & {m.digest for m in validation}:
             dist.log.warning("data.validation is also trained on: its loss says nothing about unseen text")
         return RunPlan(
@@ -100,6 +111,50 @@ def plan_run(recipe: Recipe) -> RunPlan:
     return plan
 
 
+def sample_length(recipe: Recipe, members: "list[Member]") -> int:
+    """The sequence length that the order of data is told: in tokens, or 1 where it counts pairs."""
+    from megatron_steel.data.pairs import SAMPLE_LENGTH
+
+    return SAMPLE_LENGTH if members[0].pairs else recipe.data.sequence_length
+
+
+def _require_kind(recipe: Recipe, members: "list[Member]", text_to_text: bool) -> None:
+    """Raise SteelError where the model does not train on data of this kind, or a key counts tokens that pairs do not tell."""
+    from megatron_steel.data.indexed import IndexedDataset
+    from megatron_steel.data.pairs import cut_share
+
+    wrong = [m.prefix for m in members if m.pairs != text_to_text]
+    if wrong and text_to_text:
+        what = f"an encoder-decoder learns responses to prompts, and this is text: {', '.join(wrong)}"
+        raise SteelError(what, "data.train, data.validation", "tokenize pairs: megatron-steel tokenize FILE.jsonl "
+                         "--prompt-key prompt --response-key response ..., or use a causal model")  # fmt: skip
+    if wrong:
+        what = f"a causal model learns text, and this is pairs of a prompt and a response: {', '.join(wrong)}"
+        raise SteelError(what, "data.train, data.validation", "tokenize texts (--text-key), or use model.type=t5")
+    if not text_to_text:
+        return
+    train = recipe.train
+    for key, given in (("train.tokens", train.tokens), ("schedule.warmup_tokens", recipe.schedule.warmup_tokens),
+                       ("train.batch_ramp", any(stage.until_tokens for stage in train.batch_ramp))):  # fmt: skip
+        if given:
+            what = (
+                "how many labels pairs have is known only when they are read, so that nothing can be planned in tokens"
+            )
+            raise SteelError(what, key, "count in steps, or in epochs")
+    if train.sample_prompts:
+        what = "an encoder-decoder does not go on with a text while it trains"
+        raise SteelError(
+            what, "train.sample_prompts", "leave them out: `megatron-steel generate` answers after the export"
+        )
+    for m in members:
+        with IndexedDataset(m.prefix) as data:
+            share = cut_share(data, recipe.data.sequence_length)
+        if share:
+            dist.log.warning(
+                "%s: %.2f%% of the pairs are longer than data.sequence_length and are cut", m.prefix, 100 * share
+            )
+
+
 def total_steps(recipe: Recipe, members: "list[Member]", checkpoint: "Checkpoint | None") -> int:
     """Optimizer steps of the whole run. What a checkpoint has done counts as it was, also where the batch has changed.
 
@@ -109,7 +164,7 @@ def total_steps(recipe: Recipe, members: "list[Member]", checkpoint: "Checkpoint
     from megatron_steel.data.ramp import steps_of
     from megatron_steel.data.segments import samples_per_epoch
 
-    train, length, done = recipe.train, recipe.data.sequence_length, checkpoint.step if checkpoint else 0
+    train, length, done = recipe.train, sample_length(recipe, members), checkpoint.step if checkpoint else 0
     ramp = batch_ramp(recipe)
     if train.steps is not None:
         return train.steps
@@ -163,7 +218,8 @@ def plan_order(recipe: Recipe, members: "list[Member]", steps: int, checkpoint: 
         # A checkpoint fixes how many samples its steps took, also where the batch was another then.
         wanted = samples_to_come(recipe, steps, checkpoint) + (before.trained_samples if before else 0)
         batch, ramp = recipe.train.global_batch_size, batch_ramp(recipe)[:-1]
-        return plan_segments(before, members, recipe.data.sequence_length, batch, max(1, wanted), recipe.run.seed, ramp)
+        length = sample_length(recipe, members)
+        return plan_segments(before, members, length, batch, max(1, wanted), recipe.run.seed, ramp)
 
     order = dist.together(make)
     assert order is not None
@@ -226,11 +282,14 @@ def _weights(segment: "Segment", names: dict[str, str]) -> str:
     return ", ".join(f"{names[digest]} {weight:g}" for digest, weight in segment.weights.items())
 
 
-def open_dataset(members: "list[Member]", order: "OrderState") -> "BlendedDataset":
+def open_dataset(members: "list[Member]", order: "OrderState", longest: int = 0) -> "BlendedDataset | PairDataset":
+    """The samples of an order. `longest`: tokens of a prompt, and of a response, that are kept, where samples are pairs."""
     from megatron_steel.data.dataset import BlendedDataset
     from megatron_steel.data.indexed import IndexedDataset
+    from megatron_steel.data.pairs import PairDataset
 
-    return BlendedDataset(order, {m.digest: IndexedDataset(m.prefix) for m in members})
+    opened = {m.digest: IndexedDataset(m.prefix) for m in members}
+    return PairDataset(order, opened, longest) if members[0].pairs else BlendedDataset(order, opened)
 
 
 def validation_batches_of(recipe: Recipe, plan: RunPlan) -> "dict[str, Callable[[], Iterator[Batch]]]":
@@ -244,10 +303,10 @@ def validation_batches_of(recipe: Recipe, plan: RunPlan) -> "dict[str, Callable[
 
     if not plan.validation:
         return {}
-    length = recipe.data.sequence_length
+    length = sample_length(recipe, plan.validation)
     samples = min(recipe.train.eval_samples, samples_per_epoch(plan.validation, length))
     order = plan_segments(None, plan.validation, length, 1, samples, recipe.run.seed)
-    dataset = open_dataset(plan.validation, order)
+    dataset = open_dataset(plan.validation, order, recipe.data.sequence_length)
     ranks = recipe.train.micro_batch_size, dist.rank(), dist.world_size(), recipe.data.document_mask
     of_set: dict[str, list[int]] = {m.digest: [] for m in plan.validation}
     for number in range(samples):
@@ -290,7 +349,6 @@ def _listed(data: str | list[Prefix]) -> list[Prefix]:
 
 def _members(data: str | list[Prefix], vocab_size: int, tokenizer: "Tokenizer") -> "list[Member]":
     from megatron_steel.data.manifest import trust, warn_of_twins
-    from megatron_steel.data.segments import Member
 
     members, prefixes = [], _listed(data)
     warn_of_twins([p.prefix for p in prefixes])
@@ -304,5 +362,15 @@ def _members(data: str | list[Prefix], vocab_size: int, tokenizer: "Tokenizer") 
                 p.prefix,
                 "set tokenizer.path to the one it was made with, or tokenize again",
             )
-        members.append(Member(p.prefix, manifest.digest, manifest.tokens, p.weight))
+        members.append(member(p, manifest))
     return members
+
+
+def member(prefix: Prefix, manifest: "Manifest") -> "Member":
+    """A data set of the recipe as the order of data counts it."""
+    from megatron_steel.data.pairs import counted_as_tokens
+    from megatron_steel.data.segments import Member
+
+    pairs = manifest.kind == "pairs"
+    count = counted_as_tokens(manifest.documents) if pairs else manifest.tokens
+    return Member(prefix.prefix, manifest.digest, count, prefix.weight, pairs)

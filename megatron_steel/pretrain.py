@@ -221,10 +221,12 @@ def _announce(
     from megatron_steel.train.engine import zero_stage
 
     recipe = part.recipe
-    tokens = jobs.total_tokens(recipe, steps, checkpoint) + sum(later.tokens for later in then)
+    length = f"{jobs.total_tokens(recipe, steps, checkpoint) + sum(later.tokens for later in then):,} tokens"
+    if plan.pairs:
+        length = f"{preflight.samples_to_come(recipe, steps, checkpoint):,} pairs"
     dist.log.info(
-        "%s: %s parameters, %s steps, %s tokens, %d ranks, ZeRO %d, micro-batch %d x %d",
-        recipe.run.dir, f"{plan.parameters:,}", f"{steps + sum(later.steps for later in then):,}", f"{tokens:,}",
+        "%s: %s parameters, %s steps, %s, %d ranks, ZeRO %d, micro-batch %d x %d",
+        recipe.run.dir, f"{plan.parameters:,}", f"{steps + sum(later.steps for later in then):,}", length,
         dist.world_size(), zero_stage(config), recipe.train.micro_batch_size, config["gradient_accumulation_steps"],
     )  # fmt: skip
     if part.number:

@@ -61,7 +61,7 @@ class Tokenizer(_Section):
 @dataclass(frozen=True)
 class Model(_Section):
     type: str | None = None
-    """`steel`, `nanogpt`, `openelm` or a transformers `model_type`."""
+    """`steel`, `nanogpt`, `openelm` or a transformers `model_type` (an encoder-decoder: `t5`)."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of that configuration class, in its own names."""
     path: str | None = None
@@ -85,7 +85,7 @@ class Data(_Section):
     train: str | list[Prefix]
     """A `.bin`/`.idx` prefix, or a list of {prefix, weight}; no weights: every block once per epoch."""
     sequence_length: int
-    """Tokens per sample that are predicted (a block holds one more)."""
+    """Tokens per sample that are predicted (a block holds one more); of a pair, the longest prompt and response."""
     validation: str | list[Prefix] | None = None
     """Held-out prefix(es), read in the same order at every evaluation."""
     document_mask: bool = False

@@ -68,7 +68,9 @@ def facts_of(recipe: Recipe, plan: RunPlan, config: dict[str, Any], before: "Che
     from megatron_steel.train.engine import zero_stage
 
     data = [
-        {"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name, "prefix": m.prefix} for m in plan.train
+        {"digest": m.digest, "tokens": m.tokens, "name": Path(m.prefix).name, "prefix": m.prefix}
+        | ({"kind": "pairs"} if m.pairs else {})
+        for m in plan.train
     ]
     earlier = [*before.manifest.get("data_before", []), *before.manifest.get("data", [])] if before else []
     return {

@@ -26,11 +26,12 @@ _WITHIN = 0.1
 _SECTIONS = ("about", "run", "tokenizer", "model", "data", "optim", "schedule", "train", "kernels")
 _LENGTHS = ("steps", "tokens", "ratio")  # of a stage
 _NAMES = {  # the same thing in each configuration class's words
-    "width": ("hidden_size", "n_embd", "model_dim"),
-    "layers": ("num_hidden_layers", "n_layer", "num_transformer_layers"),
-    "heads": ("num_attention_heads", "n_head"),
+    "width": ("hidden_size", "n_embd", "model_dim", "d_model"),
+    "layers": ("num_hidden_layers", "n_layer", "num_transformer_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
     "kv_heads": ("num_key_value_heads",),
-    "inner": ("intermediate_size", "n_inner"),
+    "head_dim": ("head_dim", "d_kv"),
+    "inner": ("intermediate_size", "n_inner", "d_ff"),
 }
 
 
@@ -126,7 +127,7 @@ def _field(fields: dict[str, Any], role: str) -> str:
 
 def _head_dim(fields: dict[str, Any]) -> int:
     heads = _field(fields, "heads")
-    return fields.get("head_dim") or fields[_field(fields, "width")] // fields[heads]
+    return fields.get(_field(fields, "head_dim")) or fields[_field(fields, "width")] // fields[heads]
 
 
 def _widths(largest: int, head_dim: int) -> Iterator[int]:
@@ -143,6 +144,8 @@ def _sized(old: dict[str, Any], w: int, depth: int) -> dict[str, Any] | None:
     if inner:
         whole = math.lcm(step, old.get("mlp_div_ratio", 1))
         new[inner] = max(whole, round(old[inner] * ratio / whole) * whole)
+    if "num_decoder_layers" in old:
+        new["num_decoder_layers"] = max(1, round(old["num_decoder_layers"] * depth / old[_field(old, "layers")]))
     if "ffn_dim_divisor" in old:  # OpenELM computes its widths: only the steps become finer
         new["ffn_dim_divisor"] = max(16, 2 ** int(math.log2(old["ffn_dim_divisor"] * ratio)))
     heads = _heads(old, w)
@@ -170,7 +173,7 @@ def _heads(old: dict[str, Any], w: int) -> dict[str, Any] | None:
             found = {name: wide // dim}
             if kv:
                 found[kv] = wide // dim // group
-            return found | ({"head_dim": dim} if "head_dim" in old else {})
+            return found | ({_field(old, "head_dim"): dim} if _field(old, "head_dim") else {})
         if dim % 4:
             return None
         dim //= 2
@@ -186,6 +189,8 @@ def _by_size(new: dict[str, Any], w: int, depth: int) -> dict[str, Any]:
 
 
 def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, vocab_size: int | None) -> str:
+    from megatron_steel.model.text_to_text import TEXT_TO_TEXT
+
     tokens, length = count * _TOKENS_PER_PARAMETER, recipe.data.sequence_length
     batch, micro = _batch(recipe.train, tokens // length)
     steps = math.ceil(tokens / (batch * length))
@@ -194,9 +199,11 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
                      "source": f"megatron-steel recipes scale {name}"}  # fmt: skip
     tree["model"] |= {"config": fields}
     tree["run"].pop("dir", None)
-    for key in ("steps", "epochs", "activation_checkpointing", "precision"):
+    for key in ("steps", "tokens", "epochs", "activation_checkpointing", "precision"):
         tree["train"].pop(key, None)
-    tree["train"] |= {"tokens": tokens, "global_batch_size": batch, "micro_batch_size": micro}
+    # How many labels pairs have is known only when they are read: then as if all were of full length.
+    length_of_run = {"steps": steps} if recipe.model.type in TEXT_TO_TEXT else {"tokens": tokens}
+    tree["train"] |= length_of_run | {"global_batch_size": batch, "micro_batch_size": micro}
     tree["train"] |= {key: min(getattr(recipe.train, key), max(1, steps // 10))
                       for key in ("log_every_steps", "eval_every_steps", "save_every_steps")}  # fmt: skip
     most = {"warmup_steps": steps // 20, "warmup_tokens": tokens // 20}
@@ -207,6 +214,8 @@ def _as_yaml(name: str, recipe: Recipe, fields: dict[str, Any], count: int, voca
         for section, key, factor in (("optim", "lr_ratio", wider), ("model", "init_std", wider**0.5)):
             if key in tree[section]:
                 tree[section][key] = {name: round(value * factor, 6) for name, value in tree[section][key].items()}
+    if recipe.optim.name == "adafactor":  # which needs the stage that its recipe names
+        tree["deepspeed"] = _decided(recipe.deepspeed)
     notes = [
         f"{name} with {count:,} parameters: `megatron-steel recipes show {name}` has the sources of its numbers.",
         "Kept: ratios of widths, depth and heads, learning rate, initial std, weight decay, shape of the schedule, data.",

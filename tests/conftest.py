@@ -114,7 +114,8 @@ def launch_many():
     def run(ranks: int, recipe, *runs) -> subprocess.CompletedProcess:
         words = [word for number, overrides in enumerate(runs) for word in (["+"] if number else []) + overrides]
         script = str(Path(__file__).with_name("run_many.py"))
-        return finished([*launcher(ranks), script, str(recipe), *words])
+        python = [sys.executable] if ranks == 1 else launcher(ranks)
+        return finished([*python, script, str(recipe), *words])
 
     return run
 

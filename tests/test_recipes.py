@@ -11,7 +11,7 @@ from megatron_steel.recipe import Model, accumulation_steps, from_dict, load_rec
 from megatron_steel.scale import scale
 
 PUBLISHED = {  # exact figures of papers, model cards and released weights, or derived from the formulas of their code
-    "baby-llama2-218m": 218_155_008, "baby-llama2-58m": 58_479_616, "ct-llm-2b": 2_134_509_568,
+    "baby-llama2-218m": 218_155_008, "baby-llama2-58m": 58_479_616, "chatlm-mini-0.2b": 187_692_288, "ct-llm-2b": 2_134_509_568,
     "microllama-0.3b": 304_636_928, "mini-llm-1.4b": 1_431_996_416, "minicpm-1b": 1_360_246_272,
     "minicpm-2b": 2_724_880_896, "mobilellm-125m": 124_635_456, "mobilellm-350m": 345_355_200,
     "nanogpt-124m": 124_373_760, "olmo-1b": 1_176_764_416, "olmo2-1b": 1_484_916_736, "openelm-1.1b": 1_079_891_456,
@@ -43,7 +43,8 @@ def test_a_recipe_is_whole_and_its_model_has_the_parameters_that_it_says(name):
     counts = parameters(config)
     assert counts.total == recipe.about.parameters == PUBLISHED.get(name, recipe.about.parameters)
     assert counts.tensors == TENSORS.get(name, counts.tensors)
-    assert config.max_position_embeddings >= recipe.data.sequence_length
+    # T5's positions are relative and have no end.
+    assert recipe.model.type == "t5" or config.max_position_embeddings >= recipe.data.sequence_length
     for ranks in (1, 2) if name in ("tiny", "tiny-v3") else (1, 2, 4, 8):  # a node
         assert accumulation_steps(recipe.train, ranks) >= 1
     assert recipe.run.dir == f"runs/{name}"
@@ -91,7 +92,9 @@ def test_gpt2_s_own_sizes_are_nanogpt_s(sizes, count):
     assert parameters(build_config(Model(type="nanogpt", config=fields))).total == count - biases
 
 
-@pytest.mark.parametrize("name", ["pythia-160m", "minicpm-1b", "openelm-270m", "qwen3-0.6b", "steel-1b-causal"])
+@pytest.mark.parametrize(
+    "name", ["pythia-160m", "minicpm-1b", "openelm-270m", "qwen3-0.6b", "steel-1b-causal", "chatlm-mini-0.2b"]
+)
 def test_a_scaled_recipe_keeps_its_family(name, tmp_path):
     text = scale(name, "3m", vocab_size=2048)
     assert "weight: null" not in text
@@ -110,12 +113,16 @@ def test_a_scaled_recipe_keeps_its_family(name, tmp_path):
         assert config.ffn_dims == sorted(set(config.ffn_dims))
     else:
         ratios = [(c.num_attention_heads / c.num_key_value_heads if hasattr(c, "num_key_value_heads") else 1,
-                   pytest.approx(c.intermediate_size / c.hidden_size, rel=0.15)) for c in (large, config)]  # fmt: skip
+                   pytest.approx(_inner(c) / c.hidden_size, rel=0.15)) for c in (large, config)]  # fmt: skip
         assert ratios[0][0] == ratios[1][0]
-        assert ratios[0][1] == config.intermediate_size / config.hidden_size
+        assert ratios[0][1] == _inner(config) / config.hidden_size
     if name == "minicpm-1b":
         assert config.residual_multiplier == pytest.approx(1.4 / config.num_hidden_layers**0.5, abs=1e-5)
         assert config.logits_scaling == config.hidden_size / 256
+
+
+def _inner(config):
+    return config.d_ff if config.model_type == "t5" else config.intermediate_size
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,10 @@ def real_text(shared_data, tmp_path_factory):
     text = shared_data / "steel_samples/sky/2021-31_zh_head_0000_sample.jsonl"
     train_tokenizer([text], folder / "tokenizer", VOCABULARY)
     tokenize([text], tokenizer_path=folder / "tokenizer", output_prefix=folder / "sky", workers=1)
+    belle = shared_data / "steel_samples/BELLE/train_2M_CN_sample.json"
+    tokenize(
+        [belle], folder / "tokenizer", folder / "pairs", workers=1, prompt_key="instruction", response_key="output"
+    )
     return folder
 
 
@@ -40,14 +44,15 @@ def _small(name, folder):
 def test_recipes_train_and_ship(names, real_text, launch_many, metrics, tmp_path):
     runs = []
     for name in names:
-        own = load_recipe(name).model.type in ("steel", "nanogpt", "openelm")
+        kind = load_recipe(name).model.type
+        data, stage = ("pairs", 0) if kind == "t5" else ("sky", 3 if kind in ("steel", "nanogpt", "openelm") else 1)
         runs.append([
             str(_small(name, tmp_path)), f"run.dir={tmp_path}/run-{name}", f"tokenizer.path={real_text}/tokenizer",
-            f"data.train={real_text}/sky", "data.validation=null", "data.sequence_length=64", f"train.steps={STEPS}",
+            f"data.train={real_text}/{data}", "data.validation=null", "data.sequence_length=64", f"train.steps={STEPS}",
             "train.global_batch_size=16", "train.micro_batch_size=4", "train.precision=fp32", "train.log_every_steps=1",
             f"train.save_every_steps={STEPS}", "schedule.warmup_steps=2",
-            f"deepspeed.config={'zero3.json' if own else 'zero1.json'}",
-            *(f"stages.{stage.name}.{key}" for stage in load_recipe(name).stages[1:]
+            f"deepspeed.config=zero{stage}.json",
+            *(f"stages.{later.name}.{key}" for later in load_recipe(name).stages[1:]
               for key in (f"data.train={real_text}/sky", "ratio=0.2")),
         ])  # fmt: skip
     launch_many(2, runs[0][0], *runs)

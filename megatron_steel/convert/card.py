@@ -15,6 +15,7 @@ from megatron_steel.convert import card_facts
 from megatron_steel.data.chat_template import TRAINING_FILE
 from megatron_steel.data.checksums import SUMS
 from megatron_steel.errors import SteelError
+from megatron_steel.model.text_to_text import is_text_to_text
 from megatron_steel.model.verdict import read_verdict, sees_future
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def write_card(folder: Path, name: str, checkpoint: "Checkpoint", made: Made) ->
     """Write README.md. `name`: what the model is called, the export's folder name."""
     manifest, config = checkpoint.manifest, made.config
     metrics, report = card_facts.read_metrics(checkpoint), read_verdict(folder)
-    future = sees_future(config, report)
+    future, two_sided = sees_future(config, report), is_text_to_text(config)
     start = manifest.get("recipe", {}).get("model", {}).get("init_from")
     equal = "not verified" if made.difference is None else f"differ by at most {made.difference:.3g} from those of the trained weights rounded to {made.dtype}"  # fmt: skip
     parts = [
@@ -75,7 +76,7 @@ def write_card(folder: Path, name: str, checkpoint: "Checkpoint", made: Made) ->
         "## Its loss",
         _table(card_facts.losses(manifest, metrics, report, future)),
         "## How to use it",
-        _how_to_load("auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")), made.tokenizer),
+        _how_to_load("auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")), made.tokenizer, two_sided),
         _commands(folder, name, checkpoint, made),
         "## Limits",
         _limits(made, manifest),
@@ -130,18 +131,20 @@ def _data(manifest: dict[str, Any]) -> str:
     return f"## Its data\n\n{table}" + (f"\n\nHeld out for validation: {held_out}." if held_out else "")
 
 
-def _how_to_load(code: bool, tokenizer: str | None) -> str:
+def _how_to_load(code: bool, tokenizer: str | None, text_to_text: bool) -> str:
     trust = ", trust_remote_code=True" if code else ""
+    auto = "AutoModelForSeq2SeqLM" if text_to_text else "AutoModelForCausalLM"
+    prompt = '"你好" + tokenizer.eos_token' if text_to_text else '"你好"'
     lines = [
-        f"from transformers import AutoModelForCausalLM{f', {tokenizer}' if tokenizer else ''}",
+        f"from transformers import {auto}{f', {tokenizer}' if tokenizer else ''}",
         "",
         'folder = "."  # this folder',
-        f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})',
+        f'model = {auto}.from_pretrained(folder, dtype="auto"{trust})',
     ]
     if tokenizer:
         lines += [
             f"tokenizer = {tokenizer}.from_pretrained(folder{trust if tokenizer == 'AutoTokenizer' else ''})",
-            'text = tokenizer("你好", return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)',
+            f'text = tokenizer({prompt}, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)',
             "print(tokenizer.decode(model.generate(**text, max_new_tokens=64)[0]))",
         ]
     return "\n".join(["```python", *lines, "```"])
@@ -153,7 +156,8 @@ def _commands(folder: Path, name: str, checkpoint: "Checkpoint", made: Made) -> 
     lines = [f"megatron-steel generate {name} --prompt 你好"]
     if _has_template(folder):
         lines += [f"megatron-steel generate {name} --chat"]
-    lines += [f"megatron-steel evaluate {name} --tasks ceval-valid,cmmlu"] if made.tokenizer else []
+    if made.tokenizer and not is_text_to_text(made.config):
+        lines += [f"megatron-steel evaluate {name} --tasks ceval-valid,cmmlu"]
     recipe = checkpoint.manifest.get("recipe")
     if recipe:
         run = Path(recipe["run"]["dir"]).name
@@ -186,7 +190,8 @@ def _has_template(folder: Path) -> bool:
 
 
 def _limits(made: Made, manifest: dict[str, Any]) -> str:
-    said = ["It was trained to continue text: what it states may be false."]
+    what = "answer prompts" if is_text_to_text(made.config) else "continue text"
+    said = [f"It was trained to {what}: what it states may be false."]
     length = manifest.get("recipe", {}).get("data", {}).get("sequence_length")
     reach = getattr(made.config.get_text_config(), "max_position_embeddings", None)
     if length:

@@ -70,7 +70,8 @@ def training(manifest: dict[str, Any], metrics: Metrics) -> Rows:
         rows += _stages(manifest)
         batch = train["global_batch_size"]
         rows += [
-            ("global batch", f"{batch:,} sequences of {length:,} tokens ({batch * length:,} tokens a step)" + _ramp_words(train)),
+            ("global batch", (f"{batch:,} pairs of a prompt and a response of up to {length:,} tokens each" if _of_pairs(manifest) else
+             f"{batch:,} sequences of {length:,} tokens ({batch * length:,} tokens a step)") + _ramp_words(train)),
             ("optimizer", f"{_optimizer(optim)}, weight decay "
              f"{optim['weight_decay']:g} on {optim['weight_decay_on']}, gradient norm " + (f"at most {optim['clip_grad_norm']:g}" if optim["clip_grad_norm"] else "not clipped")),
             ("learning rate", _schedule(optim["lr"], schedule)),
@@ -90,6 +91,10 @@ def _stages(manifest: dict[str, Any]) -> Rows:
     return [("stages", f"{', '.join(words)}; what follows is of stage {now} ({every[now - 1]['name']})")] if now else []
 
 
+def _of_pairs(manifest: dict[str, Any]) -> bool:
+    return any(entry.get("kind") == "pairs" for entry in manifest.get("data", []))
+
+
 def _ramp_words(train: dict[str, Any]) -> str:
     stages = train.get("batch_ramp") or []  # older runs have none
     return f", reached from {stages[0]['global_batch_size']:,} sequences in {len(stages)} stages" if stages else ""
@@ -99,6 +104,7 @@ def _run_length(manifest: dict[str, Any]) -> int | None:
     """Optimizer steps of the whole run, as `pretrain` counts them from this checkpoint on; None where nobody can tell."""
     from megatron_steel.data.order import blocks
     from megatron_steel.data.order_json import from_json
+    from megatron_steel.data.pairs import SAMPLE_LENGTH
     from megatron_steel.data.ramp import Stage, endless, plan_ramp, steps_of
 
     recipe, done = manifest["recipe"], manifest["step"]
@@ -115,6 +121,7 @@ def _run_length(manifest: dict[str, Any]) -> int | None:
             samples = math.ceil((train["tokens"] - manifest["tokens"]) / length)
             whole, rest = steps_of(ramp, trained, max(0, samples))
             return int(done + whole + (rest > 0))
+        length = SAMPLE_LENGTH if _of_pairs(manifest) else length
         samples = int(train["epochs"] * sum(blocks(entry["tokens"], length) for entry in manifest["data"]))
         return int(done + steps_of(ramp, trained, max(0, samples - trained))[0])
     except (KeyError, TypeError, ValueError, SteelError):
@@ -177,9 +184,17 @@ def data_sets(manifest: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for name, entry in zip(names, sets, strict=False):
         weight, samples = _weight(entry, weights), read.get(entry.get("digest", ""))
         share = f"{samples / total:.2%}" if total and samples is not None else ""
-        rows.append((name, f"{entry['tokens']:,}", f"{weight:g}" if weight else "", share))
+        rows.append((name, _size(entry), f"{weight:g}" if weight else "", share))
     before = zip(names[len(sets) :], earlier, strict=True)
-    return rows + [(name, f"{entry['tokens']:,}", "", "no longer read") for name, entry in before]
+    return rows + [(name, _size(entry), "", "no longer read") for name, entry in before]
+
+
+def _size(entry: dict[str, Any]) -> str:
+    from megatron_steel.data.pairs import SAMPLE_LENGTH
+
+    if entry.get("kind") == "pairs":
+        return f"{entry['tokens'] - SAMPLE_LENGTH:,} pairs"
+    return f"{entry['tokens']:,}"
 
 
 def _weight(entry: dict[str, Any], weights: dict[str, float]) -> float | None:

@@ -56,7 +56,11 @@ def write_companions(
         ids = special_ids(folder if source.is_dir() else source, tokenizer)
     tree = config_tree(config, architecture, dtype, ids)
     _write_json(folder / "config.json", tree)
-    _write_json(folder / "generation_config.json", generation_tree(ids, tokenizer, tree["transformers_version"]))
+    start = {
+        key: tree[key] for key in ("decoder_start_token_id",) if tree.get(key) is not None
+    }  # of an encoder-decoder
+    generation = {**generation_tree(ids, tokenizer, tree["transformers_version"]), **start}
+    _write_json(folder / "generation_config.json", generation)
     for file in code_files(config, str(code) if code else None):
         shutil.copyfile(file, folder / file.name)
     return tokenizer_class(folder, config, tokenizer) if tokenizer is not None and source and source.is_dir() else None

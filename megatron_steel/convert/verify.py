@@ -21,6 +21,7 @@ from megatron_steel.convert.shards import converted
 from megatron_steel.convert.sources import Trained
 from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_model
+from megatron_steel.model.text_to_text import is_text_to_text
 
 TOLERANCE = 1e-5
 """Largest absolute difference of two fp32 logits."""
@@ -97,7 +98,8 @@ def _trained_logits(trained: Trained, dtype: str, ids_BT: torch.Tensor) -> torch
             for piece in converted(name, weight.pieces, rounded, trained.checkpoint.path):
                 whole.view(-1)[at : at + piece.numel()].copy_(piece)
                 at += piece.numel()
-        return model(input_ids=ids_BT, use_cache=False).logits
+        more = {"decoder_input_ids": ids_BT} if is_text_to_text(model.config) else {}
+        return model(input_ids=ids_BT, use_cache=False, **more).logits
 
 
 def _differs(how: str, folder: Path) -> SteelError:

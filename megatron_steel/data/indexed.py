@@ -7,7 +7,7 @@ The only module that knows the bytes (little-endian, no padding; source: Megatro
            i32[S] tokens of each sequence | i64[S] byte offset of each sequence in .bin
            i64[D] the sequence at which each document begins, and S at the end: D = documents + 1
 
-A document holds any number of sequences; ours hold one, and none where the document is empty.
+A document holds any number of sequences; ours hold one (none where it is empty), or two: a prompt and a response.
 Nothing here grows with the corpus: readers ask the file for the few bytes that they need (`pread`, so a file that is
 cut while open gives an error and not a dead process), the writer spools its index to disk.
 Must not know tokenizers, manifests or what a sample is.
@@ -330,23 +330,25 @@ class IndexedWriter:
             raise ValueError(f"token ids are integers, not {tokens.dtype}")
         self.add_documents(tokens, np.array([tokens.size]))
 
-    def add_documents(self, ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+    def add_documents(self, ids: npt.NDArray[Any], lengths: npt.NDArray[Any], sequences_each: int = 1) -> None:
         """Append documents: their ids one after another, and how many each has; 0 is a boundary without a sequence.
 
-        Raises SteelError where an id is negative or does not fit the dtype.
+        With `sequences_each` n every n lengths are the sequences of one document. Raises SteelError where an id is negative or does not fit the dtype.
         """
         if ids.size:
             ends = np.cumsum(lengths)
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high > self._limits.max:
                 bad = low if low < 0 else high
-                document = self.documents + int(np.searchsorted(ends, ids.tolist().index(bad), side="right"))
+                sequence = int(np.searchsorted(ends, ids.tolist().index(bad), side="right"))
+                document = self.documents + sequence // sequences_each
                 what = f"document {document} (counted from 0) holds token id {bad}, outside 0 to {self._limits.max}"
                 raise SteelError(what, self.prefix, "use the tokenizer's real vocabulary size for the dtype")
             if high > self.max_id:
-                self.note_max(high, self.documents + int(np.searchsorted(ends, ids.argmax(), side="right")))
+                sequence = int(np.searchsorted(ends, ids.argmax(), side="right"))
+                self.note_max(high, self.documents + sequence // sequences_each)
             self.add_tokens(np.ascontiguousarray(ids, self.dtype).data)
-        boundaries = self.sequences + np.cumsum(lengths > 0)
+        boundaries = (self.sequences + np.cumsum(lengths > 0))[sequences_each - 1 :: sequences_each]
         self.add_sequences(lengths[lengths > 0])
         self.add_boundaries(boundaries)
 

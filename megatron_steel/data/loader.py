@@ -6,7 +6,8 @@
    `Loader.state` moves when a step is handed out: saved after step k, it is the state after k steps, whatever was read ahead.
 
 A batch is a dict of CPU tensors, int64 [m, L]: `input_ids`; `labels`, already shifted (labels[:, t] is the token
-after input_ids[:, t]; -100 is ignored); `document_ids` where asked for. Knows no model or optimizer.
+after input_ids[:, t]; -100 is ignored); `document_ids` where asked for. Of pairs it is what `pairs.pair_batch` says. Knows
+no model or optimizer.
 """
 
 import functools
@@ -18,13 +19,12 @@ import numpy as np
 
 from megatron_steel.data.dataset import BlendedDataset
 from megatron_steel.data.order import OrderState, next_batch
+from megatron_steel.data.pairs import IGNORED, PairDataset, pair_batch
 
 if TYPE_CHECKING:
     import torch
 
 Batch: TypeAlias = "dict[str, torch.Tensor]"
-
-IGNORED = -100  # the label that cross-entropy leaves out
 
 
 class Loader:
@@ -43,7 +43,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: BlendedDataset,
+        dataset: BlendedDataset | PairDataset,
         state: OrderState,
         batch: int,
         micro_batch: int,
@@ -74,7 +74,7 @@ class Loader:
         """
         return 0 if self._ahead.exception() else self._ahead.result()[1]
 
-    def reopen(self, dataset: BlendedDataset, state: OrderState) -> None:
+    def reopen(self, dataset: BlendedDataset | PairDataset, state: OrderState) -> None:
         """Go on from another state; what was read ahead is dropped."""
         self._ahead.exception()  # waits for it
         self.state, self._dataset = state, dataset
@@ -116,7 +116,7 @@ def counted(batches: list[Batch]) -> int:
 
 
 def validation_batches(
-    dataset: BlendedDataset,
+    dataset: BlendedDataset | PairDataset,
     samples: Sequence[int],
     micro_batch: int,
     rank: int = 0,
@@ -133,10 +133,14 @@ def validation_batches(
         yield _micro_batch(dataset, samples[first : first + micro_batch], document_mask, rows=micro_batch)
 
 
-def _micro_batch(dataset: BlendedDataset, numbers: Sequence[int], document_mask: bool, rows: int = 0) -> Batch:
+def _micro_batch(
+    dataset: BlendedDataset | PairDataset, numbers: Sequence[int], document_mask: bool, rows: int = 0
+) -> Batch:
     """Samples as one batch, filled up to `rows` with rows that count nothing."""
     import torch
 
+    if isinstance(dataset, PairDataset):
+        return {name: torch.from_numpy(array) for name, array in pair_batch(dataset, numbers, rows).items()}
     length = dataset.order.segments[-1].sequence_length
     ids = np.empty((max(rows, len(numbers)), length), np.int64)
     labels = np.empty_like(ids)

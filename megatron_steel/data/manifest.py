@@ -41,6 +41,8 @@ class Manifest(Facts):
     format_version: int = FORMAT_VERSION
     head_tail_md5: str | None = None
     """`head_tail_md5` of the `.bin`; None in a manifest of an older version."""
+    kind: str = "text"
+    """`pairs`: each document is two sequences, a prompt and a response."""
 
     def origin(self, document: int) -> tuple[str, int] | None:
         """(name of the input file, number among the documents that came of it), all from 0; None where it is not known."""
@@ -93,12 +95,18 @@ def write(
     facts: Facts,
     tokenizer: TokenizerFacts | None = None,
     provenance: Sequence[dict[str, Any]] = (),
+    kind: str = "text",
 ) -> Manifest:
     """Write the manifest of data just written or scanned, whole or not at all. Raises OSError."""
     times = {
         f"{kind}_mtime_ns": path(prefix).stat().st_mtime_ns for kind, path in (("bin", bin_path), ("idx", idx_path))
     }
-    more = {"tokenizer": tokenizer, "provenance": list(provenance), "head_tail_md5": head_tail_md5(prefix)}
+    more = {
+        "tokenizer": tokenizer,
+        "provenance": list(provenance),
+        "head_tail_md5": head_tail_md5(prefix),
+        "kind": kind,
+    }
     manifest = _with_facts(facts, **times, **more)
     path = manifest_path(prefix)
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -187,12 +195,15 @@ def _rescan(prefix: PathLike) -> Manifest:
             "%s: the content is not what its manifest describes (digest %s, now %s): taken as new data",
             os.fspath(prefix), before.digest[:12], facts.digest[:12],
         )  # fmt: skip
-    tokenizer, provenance = (before.tokenizer, before.provenance) if before and same else (None, [])
+    tokenizer, provenance, kind = (None, [], "text")
+    if before and same:
+        tokenizer, provenance, kind = before.tokenizer, before.provenance, before.kind
     try:
-        return write(prefix, facts, tokenizer, provenance)
+        return write(prefix, facts, tokenizer, provenance, kind)
     except OSError as error:
         log.warning("%s cannot be written (%s): the next start scans again", manifest_path(prefix), error.strerror)
-        return _with_facts(facts, bin_mtime_ns=0, idx_mtime_ns=0, tokenizer=tokenizer, provenance=provenance)
+        known = {"tokenizer": tokenizer, "provenance": provenance, "kind": kind}
+        return _with_facts(facts, bin_mtime_ns=0, idx_mtime_ns=0, **known)
 
 
 def _with_facts(facts: Facts, **more: Any) -> Manifest:
@@ -231,6 +242,7 @@ def describe(prefix: PathLike) -> dict[str, Any]:
         return facts | {"manifest": "none that agrees with the files: the first run scans them once"}
     facts |= {"largest token id": f"{manifest.max_token_id} (document {manifest.max_token_document}, counted from 0)"}
     facts |= {"digest": manifest.digest, "MD5 of both ends": manifest.head_tail_md5}
+    facts |= {} if manifest.kind == "text" else {"kind": manifest.kind}
     facts |= {f"tokenizer {key}": value for key, value in (manifest.tokenizer or {}).items()}
     return facts | {"made from": [entry["name"] for entry in manifest.provenance]}
 

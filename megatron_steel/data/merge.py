@@ -36,11 +36,13 @@ def merge(prefixes: Sequence[PathLike], output: PathLike) -> manifest.Manifest:
     _check_dtypes(prefixes, output)
     known = [manifest.trust(prefix) for prefix in prefixes]  # a copy with other times is read, not taken as unknown
     _refuse_twins(prefixes, known)
-    tokenizer = _common_tokenizer(prefixes, known, output)
+    tokenizer, kinds = _common_tokenizer(prefixes, known, output), {m.kind for m in known}
+    if len(kinds) > 1:
+        raise SteelError("some of the data sets are pairs and others are text", output, "merge each kind by itself")
     try:
         with reserved(output):
             facts = concatenate(prefixes, output)
-            return manifest.write(output, facts, tokenizer, [entry for m in known for entry in m.provenance])
+            return manifest.write(output, facts, tokenizer, [e for m in known for e in m.provenance], *kinds)
     except OSError as error:
         raise SteelError(f"cannot write: {error.strerror or error}", output, "mend it and repeat") from None
 

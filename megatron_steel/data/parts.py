@@ -1,7 +1,8 @@
 """A bundle of units of the input to one part: small data sets (training, validation) and a report, on disk.
 
 The report is written last and makes the part finished; a part does not depend on who made it or when.
-Must not know the byte format, other bundles, or processes.
+Pairs go through as texts do, prompt, response, prompt, response: a pair is one document of two sequences, each with the
+end of document behind it, and stays out where either is empty. Must not know the byte format, other bundles, or processes.
 """
 
 import contextlib
@@ -56,6 +57,17 @@ class Job:
     min_tokens: int = 0
     """Of a document that is kept, without the end of document."""
     min_chars: int = 0
+    pair_keys: tuple[str, str] | None = None
+    """Of prompt and response, instead of `text_key`."""
+
+    @property
+    def keys(self) -> str:
+        return " and ".join(self.pair_keys or (self.text_key,))
+
+    @property
+    def each(self) -> int:
+        """Texts of a document."""
+        return 2 if self.pair_keys else 1
 
 
 def make(item: tuple[int, list[readers.Unit], Job], encoder: Encoder) -> list[Outcome]:
@@ -66,13 +78,15 @@ def make(item: tuple[int, list[readers.Unit], Job], encoder: Encoder) -> list[Ou
         writers: dict[str, IndexedWriter] = {}
         for outcome, texts in _batches(bundle, job, outcomes):
             ids, lengths = encoder(texts)
-            outcome.special += encoder.special(ids, lengths)
-            outcome.empty += int(np.count_nonzero(lengths == 0))  # there is text, but nothing that the tokenizer keeps
-            outcome.short += int(np.count_nonzero((lengths > 0) & (lengths < job.min_tokens)))
-            for kind, chosen in _sides(texts, lengths, job):
+            least, whole = (f(lengths.reshape(-1, job.each), axis=1) for f in (np.min, np.sum))
+            outcome.special += encoder.special(ids, whole)
+            outcome.empty += int(np.count_nonzero(least == 0))  # there is text, but nothing that the tokenizer keeps
+            outcome.short += int(np.count_nonzero((least > 0) & (whole < job.min_tokens)))
+            for kind, chosen in _sides(texts[:: job.each], (least > 0) & (whole >= job.min_tokens), job):
                 if kind not in writers:
                     writers[kind] = stack.enter_context(IndexedWriter(prefix(job, number, kind), dtype))
-                writers[kind].add_documents(*_ended(ids, lengths, chosen, encoder.eos_id, dtype))
+                ended = _ended(ids, lengths, np.repeat(chosen, job.each), encoder.eos_id, dtype)
+                writers[kind].add_documents(*ended, sequences_each=job.each)
                 setattr(outcome, kind, getattr(outcome, kind) + int(np.count_nonzero(chosen)))
     report = _report(job, number)
     aside = report.with_suffix(".partial")
@@ -81,9 +95,9 @@ def make(item: tuple[int, list[readers.Unit], Job], encoder: Encoder) -> list[Ou
     return outcomes
 
 
-def _sides(texts: list[str], lengths: npt.NDArray[np.int64], job: Job) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
-    """Which of the texts that have ids enough are for training and which for validation; a side without any is left out."""
-    kept = lengths >= max(1, job.min_tokens)
+def _sides(texts: list[str], kept: npt.NDArray[np.bool_], job: Job) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """Which of the documents that are kept are for training and which for validation, by their (first) text; a side without
+    any is left out."""
     held = np.zeros(len(texts), bool)
     if job.validation_ratio:
         held = np.array([_held_out(text, job.validation_ratio) for text in texts], bool)
@@ -139,19 +153,24 @@ def _report(job: Job, number: int) -> Path:
 
 
 def _batches(bundle: list[readers.Unit], job: Job, outcomes: list[Outcome]) -> Iterator[tuple[Outcome, list[str]]]:
-    """Texts in batches of bounded size, each from one unit; counts every row on the way."""
+    """Texts of whole documents in batches of bounded size, each from one unit; counts every row on the way."""
     for unit, outcome in zip(bundle, outcomes, strict=True):
         texts: list[str] = []
         characters = 0
-        for row in readers.rows(unit, job.text_key):
-            _count(row, outcome)
-            if not row.text:
+        found = (
+            readers.pairs(unit, job.pair_keys) if job.pair_keys else ((r,) for r in readers.rows(unit, job.text_key))
+        )
+        for rows in found:
+            _count(next((row for row in rows if not row.text), rows[0]), outcome)
+            document = [row.text for row in rows if row.text]
+            if len(document) < len(rows):
                 continue
-            if len(row.text) < job.min_chars:
+            size = sum(map(len, document))
+            if size < job.min_chars:
                 outcome.short += 1
                 continue
-            texts.append(row.text)
-            characters += len(row.text)
+            texts += document
+            characters += size
             if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
                 yield outcome, texts
                 texts, characters = [], 0

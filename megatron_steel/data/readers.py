@@ -126,6 +126,18 @@ def rows(unit: Unit, text_key: str) -> Iterator[Row]:
             yield from (_lines if unit.kind == "lines" else _array)(unit, made, Row)
 
 
+def pairs(unit: Unit, keys: tuple[str, str]) -> Iterator[tuple[Row, Row]]:
+    """The texts of two keys of every row, a row each, as `rows` gives the text of one."""
+    for record in records(unit):
+        first, second = (
+            Row(record.number, None, record.problem)
+            if record.fields is None
+            else _row(record.number, record.fields, key)
+            for key in keys
+        )
+        yield first, second
+
+
 def records(unit: Unit) -> Iterator[Record]:
     """Every row of a unit with all its fields, as `rows` gives their texts; a text file is {"text": ...}."""
     with _named(Path(unit.path)):

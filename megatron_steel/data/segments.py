@@ -33,6 +33,8 @@ class Member(NamedTuple):
     digest: str
     tokens: int
     weight: float | None = None
+    pairs: bool = False
+    """Of a prompt and a response, which `tokens` then counts (`pairs.counted_as_tokens`)."""
 
 
 def samples_per_epoch(members: Iterable[Member], sequence_length: int) -> int:

@@ -42,7 +42,7 @@ _LEAST_UNIT_BYTES, _MOST_UNITS = 16 << 20, 2048
 _HOPELESS_ROWS = 10
 _NAMED_PROBLEMS = 5
 _SECONDS_BETWEEN_LINES = 10.0
-_FIRST_FILES, _FIRST_DOCUMENTS, _FIRST_CHARACTERS = 32, 64, 400_000  # on which encoders are compared
+_FIRST_FILES, _FIRST_DOCUMENTS, FIRST_CHARACTERS = 32, 64, 400_000  # on which encoders are compared
 _FILES = (bin_path, idx_path, manifest.manifest_path)  # of a data set, in the order in which they take their names
 _LAYOUT = 2  # of a parts folder and of what decides its bytes; another number makes leftovers useless
 
@@ -59,6 +59,8 @@ def tokenize(
     seed: int = 0,
     min_tokens: int = 0,
     min_chars: int = 0,
+    prompt_key: str | None = None,
+    response_key: str | None = None,
 ) -> manifest.Manifest:
     """Tokenize files into `output_prefix` and return its manifest. A data set of that name is replaced at the end.
 
@@ -74,6 +76,8 @@ def tokenize(
         shuffle: permute the documents; document j of the output is document `permute(j, N, key)` of the input order,
             where the key is `shuffle_key(seed, "training")` (or "validation") and N counts the documents of that side.
         min_tokens, min_chars: a document with fewer tokens (its end not counted) or characters is left out, and counted.
+        prompt_key, response_key: the two keys of a pair, instead of `text_key`: for encoder-decoder models. A document is
+            then two sequences, the manifest's kind is "pairs", and the hash of the prompt alone decides the side.
 
     Raises:
         SteelError: bad argument, input or tokenizer; too many malformed rows; no text; another process makes the
@@ -88,11 +92,12 @@ def tokenize(
             "--min-tokens, --min-chars",
             "256 and 200 are OpenELM's",
         )
+    keys = _pair_keys(prompt_key, response_key, shuffle)
     tokenizer = load_tokenizer(tokenizer_path)
     bundles = _bundles(inputs)
     units = [unit for bundle in bundles for unit in bundle]
-    encoder = encoders.choose(tokenizer, os.path.abspath(tokenizer_path), _first_documents(units, text_key))
-    job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio, min_tokens, min_chars)
+    encoder = encoders.choose(tokenizer, os.path.abspath(tokenizer_path), _first_documents(units, keys or (text_key,)))
+    job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio, min_tokens, min_chars, keys)
     try:
         with contextlib.ExitStack() as stack:
             for target in _targets(output_prefix, validation_ratio).values():
@@ -110,6 +115,17 @@ def tokenize(
     except OSError as error:  # a full disk, say: they stay here, too
         raise SteelError(f"cannot write: {error.strerror or error}", job.folder, "mend it and repeat") from None
     return result
+
+
+def _pair_keys(prompt: str | None, response: str | None, shuffle: bool) -> tuple[str, str] | None:
+    if prompt is None and response is None:
+        return None
+    if prompt is None or response is None:
+        raise SteelError("a pair has two keys", "--prompt-key, --response-key", "give both")
+    if shuffle:
+        what = "pairs are not permuted here"
+        raise SteelError(what, "--shuffle", "leave it out: training draws them in an order of its own")
+    return prompt, response
 
 
 def _check_arguments(
@@ -155,14 +171,30 @@ def _bundles(inputs: Sequence[PathLike]) -> list[list[readers.Unit]]:
     return bundles
 
 
-def _first_documents(units: Sequence[readers.Unit], text_key: str) -> list[str]:
+def choose_encoder(
+    inputs: Sequence[PathLike], tokenizer_path: PathLike, text_key: str = "text"
+) -> tuple[encoders.Encoder, int]:
+    """The encoder that `tokenize` takes for these files, and on how many of their characters it was proven.
+
+    Its cost does not grow with the corpus: of more than `FIRST_CHARACTERS` no more is looked at.
+    """
+    units = [unit for bundle in _bundles(inputs) for unit in bundle]
+    documents = _first_documents(units, (text_key,))
+    path = os.path.abspath(tokenizer_path)
+    return encoders.choose(load_tokenizer(tokenizer_path), path, documents), sum(map(len, documents))
+
+
+def _first_documents(units: Sequence[readers.Unit], keys: tuple[str, ...]) -> list[str]:
     """The beginnings of the first documents of the first files, for the choice of the encoder."""
     firsts = {unit.path: unit for unit in reversed(units)}
     paths = list(dict.fromkeys(unit.path for unit in units))[:_FIRST_FILES]
     documents = []
     for path in paths:
-        room = _FIRST_CHARACTERS // len(paths)
-        for row in itertools.islice(readers.rows(firsts[path], text_key), _FIRST_DOCUMENTS):
+        room = FIRST_CHARACTERS // len(paths)
+        found = (
+            readers.pairs(firsts[path], keys) if len(keys) == 2 else ((r,) for r in readers.rows(firsts[path], *keys))
+        )
+        for row in itertools.chain.from_iterable(itertools.islice(found, _FIRST_DOCUMENTS)):
             if row.text and room > 0:
                 documents.append(row.text[:room])
                 room -= len(row.text)
@@ -175,6 +207,7 @@ def _open_folder(job: parts.Job, units: Sequence[readers.Unit], encoding: list[s
     paths = [asdict(unit) | {"path": os.path.abspath(unit.path)} for unit in units]
     whole = [_LAYOUT, _LEAST_UNIT_BYTES, paths, times, *encoding, job.text_key, job.validation_ratio]
     whole += [job.min_tokens, job.min_chars] if job.min_tokens or job.min_chars else []
+    whole += [job.pair_keys] if job.pair_keys else []
     fingerprint = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     mark = Path(job.folder, "job")
     if not mark.is_file() or mark.read_text() != fingerprint:
@@ -201,7 +234,7 @@ def _make_parts(
     else:
         results = (parts.make(item, encoder) for item in todo)
     progress = _Progress(sum(unit.size for _, bundle, _ in todo for unit in bundle))
-    report = _Report(job.text_key, max_malformed_ratio)
+    report = _Report(job.keys, max_malformed_ratio)
     made = []
     with contextlib.closing(results):  # no worker writes any more once this is left, error or not
         for i, bundle in enumerate(bundles):
@@ -218,8 +251,8 @@ def _make_parts(
 class _Report:
     """Counts rows, names the first malformed ones by their line in the file, and says when there are too many."""
 
-    def __init__(self, text_key: str, limit: float):
-        self._text_key, self._limit = text_key, limit
+    def __init__(self, keys: str, limit: float):
+        self._keys, self._limit = keys, limit
         self._rows = self._empty = self._short = self._malformed = self._special = 0
         self._named: list[str] = []
         self._numbered: dict[str, int] = {}
@@ -245,7 +278,7 @@ class _Report:
                  self._rows, self._empty, self._malformed, self._short, self._special)  # fmt: skip
 
     def _too_many(self, what: str) -> SteelError:
-        key = f"name the key that holds the text (--text-key; now {self._text_key!r})"
+        key = f"name the key that holds the text (--text-key, or --prompt-key and --response-key; now {self._keys!r})"
         remedy = f"mend the rows, {key}, or allow more (--max-malformed-ratio; now {self._limit})"
         return SteelError(what, ", ".join(self._named), remedy)
 
@@ -276,7 +309,10 @@ def _publish(
             facts = concatenate(joined, aside)
         else:
             facts = shuffled(joined, aside, shuffle_key(seed, kind), Path(job.folder, "shuffle"))
-        results[kind] = manifest.write(aside, facts, tokenizer.facts(), _provenance(units, outcomes, kind, seed, job))
+        provenance = _provenance(units, outcomes, kind, seed, job)
+        results[kind] = manifest.write(
+            aside, facts, tokenizer.facts(), provenance, "pairs" if job.pair_keys else "text"
+        )
     _put_in_place([(ready[kind], target) for kind, target in targets.items()])
     for kind, target in targets.items():
         log.info("%s: %d documents, %d tokens of %s",

@@ -89,6 +89,10 @@ def _named(name: str) -> Attention:
 def _fastest(model: PreTrainedModel, device: torch.device, documents: bool, dtype: torch.dtype) -> Attention:
     if device.type != "cuda" or not model._supports_sdpa:
         return Attention()
+    if getattr(
+        model.config, "is_encoder_decoder", False
+    ):  # see `_problem`; the gradient of the bias adds up in any order
+        return Attention("sdpa", ("math",) if torch.are_deterministic_algorithms_enabled() else ("efficient", "math"))
     hopper = torch.cuda.get_device_capability(device) == _HOPPER
     if torch.are_deterministic_algorithms_enabled():  # the other backward passes add up in any order
         order = ["flex"] if documents else []
@@ -108,6 +112,8 @@ def _problem(
 ) -> tuple[str, str] | None:
     """What is missing, and how to get it; None where the kernel runs."""
     auto = "use kernels.attention=auto"
+    if getattr(model.config, "is_encoder_decoder", False) and name not in ("efficient", "math"):
+        return "relative positions are a bias on the scores, learned, which it does not take", auto
     cuda = device.type == "cuda"
     if not cuda and name not in ("flash", "math"):
         return f"it needs a CUDA device, and this is {device.type}", auto

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -28,6 +28,7 @@ from megatron_steel.model.folder import is_own_code, refuse_outside
 from megatron_steel.model.groups import decay_groups, draw_again
 from megatron_steel.model.modeling_steel import MIXTURES
 from megatron_steel.model.own import OWN, own_class
+from megatron_steel.model.text_to_text import TEXT_TO_TEXT, auto_class, complete, known_type
 from megatron_steel.model.training import prepare_for_training
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def build_config(model: "Model", tokenizer_vocab_size: int | None = None) -> Pre
         config = _config_of_folder(model.path, model.trust_code)
     else:
         config = _config_of_type(str(model.type), model.config)
+    complete(config, "model.type" if model.path is None else model.path)
     words = getattr(config.get_text_config(), "vocab_size", None)
     if tokenizer_vocab_size is not None and words is not None and words < tokenizer_vocab_size:
         raise SteelError(
@@ -99,11 +101,12 @@ def construct(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """
     own = own_class(config)
     # Code from a folder runs only where build_config was allowed to load its configuration class.
-    foreign = type(config) not in AutoModelForCausalLM._model_mapping
+    auto = auto_class(config)
+    foreign = type(config) not in auto._model_mapping
     try:
         if own is not None:
             return own.model._from_config(config, dtype=dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=foreign)
+        return auto.from_config(config, dtype=dtype, trust_remote_code=foreign)
     except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AssertionError) as error:
         named = [name for name in config.to_dict() if name in str(error)]
         where = f"model.config.{max(named, key=len)}" if named else "model.config"
@@ -123,7 +126,7 @@ def _config_of_type(name: str, fields: dict[str, Any]) -> PretrainedConfig:
         known = set(inspect.signature(cls).parameters) - {"kwargs"}
     else:
         cls = _config_class(name)
-        known = _known_fields(cls)
+        known = _known_fields(cls) | ({"decoder_start_token_id"} if name in TEXT_TO_TEXT else set())
     unknown = sorted(set(fields) - known)
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(known), n=1, cutoff=0.5)
@@ -165,8 +168,8 @@ def _require_heard(config: PretrainedConfig, fields: dict[str, Any]) -> None:
 
 def _config_class(name: str) -> type[PretrainedConfig]:
     types = sorted(t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t in CONFIG_MAPPING)
-    if name not in types:
-        near = difflib.get_close_matches(name, [*OWN, *types], n=1)
+    if name not in types and not known_type(name):
+        near = difflib.get_close_matches(name, [*OWN, *TEXT_TO_TEXT, *types], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         what = f"{name!r} is no causal language model of the installed transformers"
         raise SteelError(
@@ -215,7 +218,7 @@ def _load_weights(config: PretrainedConfig, folder: str, trust_code: bool) -> Pr
         raise SteelError("there is no Hugging Face model to start from", folder, "mend model.init_from")
     refuse_outside(Path(folder))
     own = own_class(config)
-    cls: Any = own.model if own else AutoModelForCausalLM
+    cls: Any = own.model if own else auto_class(config)
     settings: dict[str, Any] = {} if own else {"trust_remote_code": trust_code}
     try:
         with torch.random.fork_rng(devices=[]):

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from megatron_steel.model.build import construct
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.mixture_steel import BLOCK, CHUNK
+from megatron_steel.model.text_to_text import is_text_to_text
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def flops_per_token(config: PretrainedConfig, sequence_length: int) -> FlopsPerT
     """Training FLOPs per token for sequences of `sequence_length` tokens.
 
     Returns:
-        None for a class with weights outside `nn.Linear` (fused experts, convolutions): a guess would make a share of
-        peak that nobody can trust.
+        None for a class with weights outside `nn.Linear` (fused experts, convolutions), and for an encoder-decoder, whose
+        work on a label depends on the prompt: a guess would make a share of peak that nobody can trust.
     """
+    if is_text_to_text(config):
+        return None
     model = _on_meta(config)
     weights = _multiplied_weights(model, sequence_length)
     attention = _attention(config, sequence_length)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from megatron_steel.errors import SteelError
 from megatron_steel.model import regions
 from megatron_steel.model.attention import Attention, choose_attention
+from megatron_steel.model.text_to_text import is_text_to_text, require_plain
 from megatron_steel.recipe import Kernels
 
 _LIGER = "pip install liger-kernel (or megatron-steel[gpu])"
@@ -62,6 +63,8 @@ def choose(
     Raises:
         SteelError: a kernel asked for by name cannot run here.
     """
+    if is_text_to_text(model.config):
+        require_plain(model, kernels.compile is True, documents)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     attention = choose_attention(kernels.attention, model, device, documents, dtype)
     compiled = _compiles(kernels, model, device)
@@ -82,6 +85,7 @@ def _compiles(kernels: Kernels, model: PreTrainedModel, device: torch.device) ->
     if kernels.compile == "auto":
         # Not foreign code, which nobody has compiled; not where a run must repeat bitwise, as inductor times its kernels.
         known = type(model).__module__.startswith(("megatron_steel.", "transformers.models."))
+        known = known and not is_text_to_text(model.config)  # lengths change from batch to batch
         wanted = known and kernels.fused in ("auto", "torch") and not torch.are_deterministic_algorithms_enabled()
         return wanted and device.type == "cuda" and _compiler_problem(device) is None
     if kernels.compile:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.head import BLOCK_NUMBERS, CHUNK_TOKENS
 from megatron_steel.model.mixture_steel import BLOCK, CHUNK
+from megatron_steel.model.text_to_text import is_text_to_text
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _QK_NORM = ("qwen3", "olmo2", "olmo3", "gemma3_text", "openelm")
@@ -23,12 +24,14 @@ def activation_bytes_per_sample(
     """Bytes that one sample's forward pass leaves for its backward pass, the head's logits not included.
 
     Args:
-        sequence_length: tokens of the sample.
+        sequence_length: tokens of the sample; of an encoder-decoder's, of prompt and response each.
         precision: `fp32`, `bf16` or `fp16`.
         checkpointing: activation checkpointing: each layer's input, and one layer in full while it is computed again.
     """
     text = config.get_text_config()
     size, layers, hidden = _BYTES[precision], text.num_hidden_layers, text.hidden_size
+    if is_text_to_text(config):
+        return sequence_length * _pair_bytes_per_token(config, size, checkpointing)
     layer = _layer_bytes_per_token(text, size)
     again = 0
     if sequence_length > BLOCK and getattr(text, "FFN_type", None) == "softmoe_causal":
@@ -64,6 +67,21 @@ def largest_micro_batch(
     while (fits + 1) * per_sample + head_bytes(config, (fits + 1) * sequence_length, precision) <= free_bytes:
         fits += 1
     return fits
+
+
+def _pair_bytes_per_token(config: PretrainedConfig, size: int, checkpointing: bool) -> int:
+    """Of a token of the prompt and one of the response. A decoder layer has one more norm and attention; where there is
+    dropout, a mask of a byte lies behind each part and inside the FFN. Relative positions are shared by all layers."""
+    hidden, inner = config.d_model, config.d_ff
+    branch = hidden * (4 + 2 * size) + 5 * config.num_heads * config.d_kv * size
+    encoder = branch + hidden * (4 + 2 * size) + 4 * inner * size
+    decoder = encoder + branch
+    if config.dropout_rate:
+        encoder, decoder = encoder + 2 * hidden + inner, decoder + 3 * hidden + inner
+    ends = 4 * hidden * size
+    if checkpointing:
+        return (config.num_layers + config.num_decoder_layers) * hidden * size + decoder + ends
+    return config.num_layers * encoder + config.num_decoder_layers * decoder + ends
 
 
 def _layer_bytes_per_token(config: PretrainedConfig, size: int) -> int:

@@ -21,6 +21,8 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     wanted = getattr(text, "num_hidden_layers", None)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if getattr(config, "is_encoder_decoder", False):  # both stacks have such a list
+        lists = [(name, m) for name, m in lists if name.startswith("decoder.")]
     # The list of that length, else the outermost; a list of experts lies deeper than the layers.
     lists.sort(key=lambda item: (len(item[1]) != wanted, item[0].count("."), -len(item[1])))
     if not lists:
@@ -66,10 +68,13 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 
 def _with_matrices(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    children = list(layer.named_children())
+    if type(layer).__name__ == "T5Block":  # a list of residual branches, which add their input to what their part gives
+        children = [child for branch in layer.get_submodule("layer").children() for child in branch.named_children()]
     # `ds_shape` is what a parameter was before ZeRO-3 cut it.
     return [
         (name, part)
-        for name, part in layer.named_children()
+        for name, part in children
         if any(len(getattr(p, "ds_shape", p.shape)) >= 2 for p in part.parameters())
     ]
 

@@ -20,6 +20,7 @@ from megatron_steel.model.configuration_steel import SteelConfig
 from megatron_steel.model.head import ChunkedHead, LigerHead, LossHead, PlainHead, plain_loss
 from megatron_steel.model.kernels import Choice
 from megatron_steel.model.own import own_class
+from megatron_steel.model.text_to_text import forward_of, is_text_to_text
 
 
 def _plain(config: PretrainedConfig) -> dict[str, Any]:
@@ -52,10 +53,11 @@ _HEADS: dict[str, Callable[[PretrainedConfig], dict[str, Any]]] = {
     "GPT2LMHeadModel": _plain,
     "GraniteForCausalLM": _scaled,
     "Gemma3ForCausalLM": _capped,
+    "T5ForConditionalGeneration": _plain,  # its scaling is `text_to_text.forward_of`'s
 }
 # Classes for which a test proves that packed documents are as good as separate ones. (Gemma mixes sliding-window
 # layers in, which one mask for all layers would switch off.)
-_DOCUMENTS = frozenset(_HEADS) - {"Gemma3ForCausalLM"}
+_DOCUMENTS = frozenset(_HEADS) - {"Gemma3ForCausalLM", "T5ForConditionalGeneration"}
 
 
 def prepare_for_training(
@@ -73,7 +75,8 @@ def prepare_for_training(
 
     The call takes int64 [B, T] tensors; `labels` are already shifted, -100 is ignored; `document_ids` number the
     packed documents, which then do not attend to each other and each count their positions from 0. It returns the
-    SUM of token losses (fp32 scalar), or without `labels` the logits [B, T, V].
+    SUM of token losses (fp32 scalar), or without `labels` the logits [B, T, V]. An encoder-decoder's call is that of
+    `text_to_text.forward_of`.
 
     Raises:
         SteelError: the class knows no activation checkpointing; at the call: the class cannot mask documents.
@@ -85,6 +88,11 @@ def prepare_for_training(
     known = own_class(model.config) is not None or type(model).__module__.startswith("transformers.models.")
     settings = _HEADS[name](model.config) if known and name in _HEADS else None
     head = None if settings is None else _swap_head(model, kernels, settings | {"z_loss": z_loss})
+    if is_text_to_text(model.config):
+        assert head is not None, name  # build_config lets no other class in
+        model.forward = forward_of(model, head, kernels.attention.kernels)  # type: ignore[method-assign]
+        _lay_kernels(model, kernels)
+        return model
     # Some classes name a base that they do not have; base_model is then the model itself.
     base = model.base_model if model.base_model is not model else model.get_decoder()
     shipped_forward = model.forward

@@ -4,7 +4,8 @@
 2. Each stage runs on both, alone on one core, through the functions behind the verbs; CPU seconds are counted, not the
    clock's, so that a busy machine does not spoil them.
 3. seconds = start + rate x bytes through the two points; N cores do the second part N times as fast. Bytes of the output
-   grow as the input's.
+   grow as the input's. Choosing the encoder is timed by itself: it reads the first documents up to a limit, so it grows
+   with a small sample and not with a corpus.
 
 The rates are those of the machine it runs on, so that is where it must be asked. Knows nothing of models.
 """
@@ -12,6 +13,7 @@ The rates are those of the machine it runs on, so that is where it must be asked
 import math
 import os
 import re
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.data import parallel, readers, sources
+from megatron_steel.data.tokenize import FIRST_CHARACTERS, choose_encoder, tokenize
 from megatron_steel.errors import SteelError
 
 _SAMPLE = 8_000_000  # bytes of input in the larger sample
 _ENOUGH = 1_000_000  # bytes: below, a stage takes few ticks of the clock that counts CPU seconds
 _FILES = 8  # at most, that the sample is taken from
-_REPEATS = 2  # the faster counts
+_REPEATS = 2  # at least; the fastest counts
+_LONG_ENOUGH = 0.5  # CPU seconds: what is shorter is repeated, a few times more
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,6 @@ def _measured(
     """{bytes: of input, stages: {name: (CPU seconds, bytes of output)}} of one sample."""
     from megatron_steel.data.clean.run import clean
     from megatron_steel.data.prepare import prepare
-    from megatron_steel.data.tokenize import tokenize
 
     files, text, cleaned, prefix = [f for f, _ in taken], folder / "text.jsonl", folder / "clean.jsonl", folder / "data"
     stages: dict[str, Callable[[], Any]] = {"prepare": lambda: prepare(source, files, text, workers=1)}
@@ -166,29 +169,49 @@ def _measured(
         stages["tokenize"] = lambda: tokenize([cleaned if chain else text], tokenizer, prefix, workers=1)
     found = {}
     for name, run in stages.items():
-        seconds = min(_cpu_seconds(run) for _ in range(_REPEATS))
+        seconds = _cpu_seconds(run)
         found[name] = (seconds, sum(path.stat().st_size for path in outputs[name]))
-    return {"bytes": sum(stands for _, stands in taken), "stages": found}
+    measured = {"bytes": sum(stands for _, stands in taken), "stages": found}
+    if tokenizer:
+        text_files = [cleaned if chain else text]
+        characters = choose_encoder(text_files, tokenizer)[1]
+        measured["choice"] = (_cpu_seconds(lambda: choose_encoder(text_files, tokenizer)), characters)
+    return measured
 
 
 def _cpu_seconds(run: Callable[[], Any]) -> float:
-    def now() -> float:
-        return sum(os.times()[:4])  # this process and its children, user and system
+    """Of this process and its children, user and system; the fastest of a few runs."""
 
-    before = now()
-    run()
-    return now() - before
+    def now() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(r.ru_utime + r.ru_stime for r in used)
+
+    taken: list[float] = []
+    while len(taken) < _REPEATS or (sum(taken) < _LONG_ENOUGH and len(taken) < 5 * _REPEATS):
+        before = now()
+        run()
+        taken.append(now() - before)
+    return min(taken)
 
 
 def _stage(name: str, points: Sequence[dict[str, Any]], total: int, cores: int) -> Stage:
     (small, large), (before, after) = [p["bytes"] for p in points], [p["stages"][name] for p in points]
-    rate = max(after[0] - before[0], 0.0) / (large - small) if large > small else after[0] / large
+    chosen = [p["choice"] if name == "tokenize" else (0.0, 0) for p in points]
+    seconds = [max(0.0, stage[0] - choice[0]) for stage, choice in zip((before, after), chosen, strict=True)]
+    rate = max(seconds[1] - seconds[0], 0.0) / (large - small) if large > small else 0.0
     if rate == 0.0:
-        rate = after[0] / large
-    start = max(0.0, after[0] - rate * large)
+        rate = max(seconds[1], 1e-9) / large
+    start = max(0.0, seconds[1] - rate * large) + _choosing(chosen, total / large)
     work, kept = rate * total, round(after[1] / large * total)
     hours = (start + work / cores) / 3600
     return Stage(name, start, work, hours, kept, round(_WHILE_RUNNING[name] * kept))
+
+
+def _choosing(points: Sequence[tuple[float, int]], larger: float) -> float:
+    """Seconds to choose the encoder for inputs so many times as large as those of the second point."""
+    (before, few), (after, many) = points
+    rate = max(0.0, after - before) / (many - few) if many > few else 0.0
+    return after + rate * (max(many, min(FIRST_CHARACTERS, many * larger)) - many)
 
 
 def _source(words: Sequence[str]) -> tuple[str, list[str]]:

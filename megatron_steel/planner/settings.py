@@ -14,6 +14,7 @@ from megatron_steel.planner.hardware import Cluster
 from megatron_steel.train.engine import config_folder
 
 FILES = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
+_GPUS_OF_A_NODE = 8  # beyond, the next smallest change is another node
 _FEWER_BYTES_FIRST = {"zero1.json": 0, "zero2.json": 1, "zero3.json": 2, "zero3_offload.json": 3}
 
 
@@ -127,7 +128,8 @@ def smallest_change(
     model: fits.Model, file: str, cluster: Cluster, checkpointing: bool, micro_batch: int, global_batch: int,
     may_checkpoint: bool = True,
 ) -> Change | None:  # fmt: skip
-    """In this order: a smaller micro-batch; checkpointing too; a higher stage; offload; more GPUs (up to 4,096).
+    """In this order: a smaller micro-batch; checkpointing too; a higher stage; offload; more GPUs, of one node first (up to
+    4,096).
 
     None where not even that is enough.
     """
@@ -158,15 +160,19 @@ def _try(
 
 
 def _more_gpus(model: fits.Model, cluster: Cluster, global_batch: int, may_checkpoint: bool) -> Change | None:
-    nodes = cluster.nodes
-    while nodes * cluster.gpus_per_node < 4096:
-        nodes *= 2
-        link = cluster.node_link if cluster.nodes > 1 else cluster.gpu.link * cluster.gpus_per_node
-        larger = replace(cluster, nodes=nodes, node_link=link)
+    nodes, per_node = cluster.nodes, cluster.gpus_per_node
+    while nodes * per_node < 4096:
+        if nodes == 1 and per_node <= _GPUS_OF_A_NODE // 2:
+            per_node *= 2
+        else:
+            nodes *= 2
+        link = cluster.node_link if cluster.nodes > 1 else cluster.gpu.link * per_node
+        larger = replace(cluster, nodes=nodes, gpus_per_node=per_node, node_link=link)
         found = ranked(model, larger, global_batch, may_checkpoint)
         if found:
             least = min(found, key=lambda c: _FEWER_BYTES_FIRST[c.file])
-            return Change(f"{larger.ranks} GPUs ({nodes} nodes) and {least.overrides}", least, larger)
+            where = f" ({nodes} nodes)" if nodes > 1 else ""
+            return Change(f"{larger.ranks} GPUs{where} and {least.overrides}", least, larger)
     return None
 
 

@@ -17,7 +17,8 @@ SEED = 1234
 def generate(
     model_dir: str, prompt: str, max_new_tokens: int = 64, greedy: bool = False, trust_code: bool = False
 ) -> str:
-    """The prompt and what the model writes after it, until it ends the document or has written `max_new_tokens`.
+    """The prompt and what the model writes after it, until it ends the document or has written `max_new_tokens`; of an
+    encoder-decoder its response alone, to the prompt with the end of document behind it, as it was trained.
 
     Args:
         model_dir: a Hugging Face folder.
@@ -34,14 +35,20 @@ def generate(
     if max_new_tokens < 1:
         raise SteelError(f"{max_new_tokens} new tokens are none", "--max-new-tokens", "ask for at least 1")
     require_text(prompt, "--prompt")
-    loaded = open_writer(model_dir, trust_code)
+    loaded = open_writer(model_dir, trust_code, text_to_text=True)
     encode, decode = _coder(loaded, Path(model_dir))
-    prompt_ids = encode(prompt) or [_document_start(loaded.model.generation_config, model_dir)]
+    answers = loaded.model.config.is_encoder_decoder
+    if answers:
+        prompt_ids = [*_plain_ids(loaded, encode, prompt), _document_end(loaded.model.config, model_dir)]
+    else:
+        prompt_ids = encode(prompt) or [_document_start(loaded.model.generation_config, model_dir)]
     ids_BT = torch.tensor([prompt_ids], device=loaded.device)
     with seeded(loaded):
         written = loaded.model.generate(
             ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=max_new_tokens, **sampling(loaded, greedy)
         )[0].tolist()
+    if answers:
+        return decode(written[1:])  # without the token that every response begins from
     return prompt + _continuation(decode(prompt_ids), decode(written))
 
 
@@ -53,9 +60,9 @@ def require_text(text: str, where: str) -> None:
         raise SteelError("the text is not UTF-8", where, "convert it, with iconv for one") from None
 
 
-def open_writer(model_dir: str, trust_code: bool) -> Loaded:
+def open_writer(model_dir: str, trust_code: bool, text_to_text: bool = False) -> Loaded:
     """`load`, and a word of warning where the model is known to see the future."""
-    loaded = load(model_dir, trust_code)
+    loaded = load(model_dir, trust_code, text_to_text)
     report = verdict.read_verdict(Path(model_dir))
     if report is not None and report["causal"] is False and not hasattr(loaded.model.config, "sees_future"):
         # Steel's own classes say it themselves.
@@ -99,6 +106,20 @@ def _document_start(defaults: Any, model_dir: str) -> int:
             return token[0] if isinstance(token, list) else token
     raise SteelError(
         "the prompt is empty and the model has no token that begins a text", model_dir, "give --prompt a text"
+    )
+
+
+def _document_end(config: Any, model_dir: str) -> int:
+    end = config.eos_token_id
+    if end is None:
+        raise SteelError("the model has no token that ends a prompt", model_dir, "set eos_token_id in its config.json")
+    return end[0] if isinstance(end, list) else end
+
+
+def _plain_ids(loaded: Loaded, encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Ids of a text, nothing added at either end, as `tokenize` makes them."""
+    return (
+        loaded.tokenizer(text, add_special_tokens=False)["input_ids"] if loaded.tokenizer is not None else encode(text)
     )
 
 

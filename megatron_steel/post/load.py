@@ -29,34 +29,37 @@ class Loaded:
     device: "torch.device"
 
 
-def load(model_dir: str, trust_code: bool = False) -> Loaded:
+def load(model_dir: str, trust_code: bool = False, text_to_text: bool = False) -> Loaded:
     """Load a folder: fp32 on a CPU, bf16 on the first GPU.
 
     Args:
         trust_code: allow modelling and tokenizer code that lies in the folder.
+        text_to_text: the caller also knows what to do with an encoder-decoder.
 
     Raises:
-        SteelError: no such folder, an unreadable one, foreign code without `trust_code`, or another model's tokenizer.
+        SteelError: no such folder, an unreadable one, foreign code without `trust_code`, another model's tokenizer, or an
+            encoder-decoder that the caller cannot use.
     """
     import torch
 
     gpu = torch.cuda.is_available()
-    model, tokenizer = load_as(model_dir, trust_code, torch.bfloat16 if gpu else torch.float32)
+    model, tokenizer = load_as(model_dir, trust_code, torch.bfloat16 if gpu else torch.float32, text_to_text)
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     return Loaded(model.eval().to(device), tokenizer, device)
 
 
-def load_as(model_dir: str, trust_code: bool, dtype: "torch.dtype") -> tuple[Any, Any]:
+def load_as(model_dir: str, trust_code: bool, dtype: "torch.dtype", text_to_text: bool = False) -> tuple[Any, Any]:
     """The model in `dtype` on the CPU, and its tokenizer (or None). Raises as `load` does."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    folder, own = _allowed(model_dir, trust_code)
+    folder, own = _allowed(model_dir, trust_code, text_to_text)
+    auto = AutoModelForSeq2SeqLM if _is_text_to_text(_config_json(folder)) else AutoModelForCausalLM
     settings: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     with _named(folder):
         if own:
             model: Any = _own(folder).model.from_pretrained(folder, **settings)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_code, **settings)
+            model = auto.from_pretrained(folder, trust_remote_code=trust_code, **settings)
         tokenizer = _tokenizer(folder, model.config, trust_code)
     require_vocabulary(folder, tokenizer, model.get_input_embeddings().num_embeddings)
     return model, tokenizer
@@ -113,10 +116,16 @@ def _named(folder: Path) -> Iterator[None]:
         raise SteelError(what, folder, "name a folder that `megatron-steel export` or save_pretrained wrote") from error
 
 
-def _allowed(model_dir: str, trust_code: bool) -> tuple[Path, bool]:
-    """The folder, and whether its code is this package's own. Raises SteelError where foreign code would run unasked."""
+def _allowed(model_dir: str, trust_code: bool, text_to_text: bool = False) -> tuple[Path, bool]:
+    """The folder, and whether its code is this package's own. Raises SteelError where foreign code would run unasked, and for
+    an encoder-decoder where none is expected."""
     folder = Path(model_dir)
     tree = _config_json(folder)
+    if _is_text_to_text(tree) and not text_to_text:
+        what = f"this is an encoder-decoder ({tree.get('model_type')}), and here a causal model is needed"
+        raise SteelError(
+            what, folder, "ask it by `megatron-steel generate HF_DIR --prompt TEXT`, or name a causal model"
+        )
     own = is_own_code(folder, tree)
     if not own and "auto_map" in tree and not trust_code and not _is_native(tree):
         raise SteelError(
@@ -138,6 +147,10 @@ def _config_json(folder: Path) -> dict[str, Any]:
                          "name a folder that `megatron-steel export` wrote") from None  # fmt: skip
     except (OSError, ValueError, AttributeError) as error:
         raise SteelError(f"config.json cannot be read: {error}", file, "export the model again") from None
+
+
+def _is_text_to_text(tree: dict[str, Any]) -> bool:
+    return tree.get("is_encoder_decoder") is True
 
 
 def _is_native(tree: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ STARTS = "starts.jsonl"
 # TensorBoard's "Custom Scalars" page: group -> chart -> regular expressions that the tags of its lines begin with.
 LAYOUT = {
     "learning": {
-        "loss": ["loss", "validation_loss( |$)"],
+        "loss": ["loss( |$)", "validation_loss( |$)"],
         "validation loss by data set": ["validation_loss/"],
         "learning rate": ["lr$"],
         "gradient norm": ["grad_norm$"],
@@ -35,6 +35,7 @@ LAYOUT = {
     },
     "health": {
         "skipped steps": ["skipped_steps$"],
+        "loss scale (fp16)": ["loss_scale$"],
         "spikes gone back from": ["spike_at_step$"],
         "FFN output over the stream": ["ffn_share_"],
         "gradient of the experts": ["expert_gradient_"],

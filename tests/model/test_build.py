@@ -23,7 +23,8 @@ def steel(**changes):
     [
         (Model(type="steele"), r"model.type\n.*did you mean steel\?"),
         (Model(type="lama"), r"did you mean llama\?"),
-        (Model(type="t5"), "no causal language model"),
+        (Model(type="t6"), "no causal language model"),
+        (Model(type="mt5"), "of those only t5 is proven"),
         (Model(type="steel", config={"hiden_size": 8}), r"model.config.hiden_size\n.*did you mean hidden_size\?"),
         (Model(type="llama", config={"hiden_size": 8}), r"model.config.hiden_size\n.*did you mean hidden_size\?"),
         (Model(type="steel", config={"FFN_type": "softmoe_v9"}), r"softmoe_v9.*\n.*model.config.FFN_type"),

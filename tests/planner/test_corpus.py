@@ -47,6 +47,16 @@ def test_cores_share_the_work_and_not_the_start():
     assert one.bytes == 5 * 10**8
 
 
+def test_choosing_the_encoder_grows_with_a_small_sample_only():
+    """0.5 s and 2 us for each of the first 400,000 characters, beside 1 us a byte of tokenizing."""
+    points = [{"bytes": b, "choice": (0.5 + 2e-6 * min(b, 400_000), min(b, 400_000)),
+               "stages": {"tokenize": (0.5 + 2e-6 * min(b, 400_000) + 1e-6 * b, 4 * b)}}
+              for b in (10**5, 2 * 10**5)]  # fmt: skip
+    found = corpus._stage("tokenize", points, 10**8, 1)
+    assert found.start_seconds == pytest.approx(0.5 + 0.8)
+    assert found.core_seconds == pytest.approx(100)
+
+
 def test_bad_sizes_are_named(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a long enough row of text"}\n')

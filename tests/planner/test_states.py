@@ -115,12 +115,20 @@ def _compare(found: dict[str, int], files: dict[str, str], recipe: Path, ranks: 
         assert found[file] * (1 - BELOW) <= total <= found[file] * (1 + ABOVE), (name, total / found[file])
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])
-def test_what_the_real_engine_holds(ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [
+        (1, ("zero1", "zero3")),
+        pytest.param(1, tuple(ZERO), marks=pytest.mark.slow),
+        pytest.param(2, tuple(ZERO), marks=pytest.mark.slow),
+    ],
+    ids=["1", "1, all", "2, all"],
+)
+def test_what_the_real_engine_holds(ranks, names, tmp_path):
     """Live tensors of two optimizer steps in bf16, after forward, late in backward and when Adam begins."""
     from conftest import finished, launcher
 
-    recipe, files = _recipe(tmp_path), _files(tmp_path, ZERO)
+    recipe, files = _recipe(tmp_path), _files(tmp_path, names)
     script = [str(HERE / "held_bytes.py"), str(recipe), *files.values()]
     done = finished([sys.executable, *script] if ranks == 1 else [*launcher(ranks), *script])
     line = next(line for line in done.stdout.splitlines() if line.startswith("{"))

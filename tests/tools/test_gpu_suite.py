@@ -57,6 +57,7 @@ def _results(folder):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_every_check_passed_or_says_why_it_did_not_run(toy):
     checks = {c["name"]: c for c in _results(toy)["checks"]}
     for check in checks.values():
@@ -73,6 +74,7 @@ def test_every_check_passed_or_says_why_it_did_not_run(toy):
     assert exported["status"] == "pass"
 
 
+@pytest.mark.slow
 def test_throughput_rows_hold_every_implementation_and_no_share_where_no_peak_is_known(toy):
     results = _results(toy)
     rows = results["throughput"]
@@ -96,6 +98,7 @@ def test_throughput_rows_hold_every_implementation_and_no_share_where_no_peak_is
         assert {r[f"mfu_{kind}"] for r in rows for kind in ("hw", "causal", "6n")} == {None}
 
 
+@pytest.mark.slow
 def test_markdown_says_that_toys_prove_no_speed(toy):
     text = (toy / "README.md").read_text(encoding="utf-8")
     assert "nothing about speed" in text
@@ -103,6 +106,18 @@ def test_markdown_says_that_toys_prove_no_speed(toy):
         assert f"## {title}" in text
     assert "| steel-1b | floor 50 %, aim 60 % | not run |" in text
     assert "hand-written PyTorch" in text
+
+
+def test_the_engine_that_is_measured_takes_the_steps_of_plain_torch(suite):
+    """One group of checks of the real suite, in this process."""
+    from gpu import ask
+
+    task = {"task": "checks", "group": "steps zh-1b", "toy": True, "build_deepspeed_adam": False}
+    rows, problem = ask.ask(task, 0.0, [])
+    checks = [row for row in rows if row["kind"] == "check"]
+    assert problem == ""
+    assert len(checks) == 6
+    assert {check["status"] for check in checks} == {"pass"}, checks
 
 
 def test_what_this_code_has_measured_is_not_measured_again_and_other_code_is(on_a_gpu):

@@ -65,8 +65,16 @@ def _every_tag_has_its_chart(events):
         for chart in group.chart
     }
     assert sorted(tag for found in shown.values() for tag in found) == sorted(tags)  # each once
-    assert {title for title, found in shown.items() if not found} == {"share of peak", "spikes gone back from"}
+    assert {title for title, found in shown.items() if not found} == {
+        "share of peak",
+        "spikes gone back from",
+        "loss scale (fp16)",
+    }
     assert shown["loss"] == ["loss", "validation_loss"]
+    of_loss = next(c.multiline.tag for g in layout.category for c in g.chart if c.title == "loss")
+    assert [t for t in ("loss (sees future)", "loss_scale") if any(re.match(e, t) for e in of_loss)] == [
+        "loss (sees future)"
+    ]
     assert set(shown["validation loss by data set"]) == {"validation_loss/validation", "validation_loss/other"}
 
 

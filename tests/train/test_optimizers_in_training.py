@@ -194,17 +194,25 @@ def test_what_cannot_go_on_is_refused(train, tmp_path, capsys):
     assert "Adafactor's factored state goes on only in the precision and the groups" in capsys.readouterr().err
 
 
+RATIOS = ("optim.lr_ratio={'*_proj.weight': 0.25, '*norm*': 2.0}", "model.init_std={'*_proj.weight': 0.05}")
+
+
 def test_a_learning_rate_ratio_is_a_learning_rate_also_after_a_resume(train, tmp_path):
     """Ratio 0.25 for all at four times the rate: the same numbers; ratios of some matrices only: others, resumed bitwise."""
-    half = train("half", "optim.lr=0.04", "optim.lr_ratio={'*': 0.25}")
-    assert _losses(half) == _losses(train("plain", "optim.lr=0.01"))
+    three = ("train.steps=3", "data.validation=null")
+    half = train("half", "optim.lr=0.04", "optim.lr_ratio={'*': 0.25}", *three)
+    assert _losses(half) == _losses(train("plain", "optim.lr=0.01", *three))
     train("wrong", "optim.lr_ratio={'*_prj.weight': 0.5}", expect=78)
     assert not (tmp_path / "wrong").exists()  # found before anything is made
-    words = ["optim.lr_ratio={'*_proj.weight': 0.25, '*norm*': 2.0}", "model.init_std={'*_proj.weight': 0.05}"]
-    straight = train("straight", *words)
-    assert _losses(straight) != _losses(half)
+    straight = train("straight", *RATIOS)
     _cut(tmp_path / "straight", tmp_path / "cut")
-    assert _losses(train("cut", *words)) == _losses(straight)
+    assert _losses(train("cut", *RATIOS)) == _losses(straight)
+
+
+@pytest.mark.slow
+def test_a_learning_rate_ratio_goes_on_at_another_stage(train, tmp_path):
+    straight, words = train("straight", *RATIOS), RATIOS
+    assert _losses(straight) != _losses(train("plain"))
     _cut(tmp_path / "straight", tmp_path / "elastic")
     other = train("elastic", *words, "deepspeed.config=zero1.json")
     assert _losses(other) == pytest.approx(_losses(straight), abs=1e-6)

@@ -73,7 +73,7 @@ def test_a_ramp_equals_plain_torch(straight, plain):
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_a_run_interrupted_in_its_ramp_equals_one_that_was_not(stop, train, straight):
     cut = shutil.copytree(train.root / "straight", train.root / f"cut{stop}")
     for checkpoint in (cut / "checkpoints").iterdir():

@@ -67,8 +67,8 @@ class Ours:
         engine = engines.start_engine(model, groups, recipe.optim, config, device)
         self.engine = engine
         self._job = loop.Job(
-            engine=engine, recipe=recipe, monitor=None, watch=Watch(None), next_batches=list, validation=None,
-            save=lambda step, tokens: None, position=dict, out_of_memory=lambda: "", steps=1 << 30,
+            engine=engine, recipe=recipe, monitor=None, watch=Watch(None), next_batches=list, validation={},
+            prompts=None, save=lambda step, tokens, must: True, position=dict, out_of_memory=lambda: "", steps=1 << 30,
             total_tokens=0,
         )  # fmt: skip # train_step logs nothing, so there is no monitor
 
