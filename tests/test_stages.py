@@ -5,7 +5,7 @@ import pytest
 from megatron_steel.errors import SteelError
 from megatron_steel.recipe import from_dict, load_recipe
 from megatron_steel.scale import scale
-from megatron_steel.stages import described, parts_of, to_come
+from megatron_steel.stages import described, parts_of, refuse_tokens, to_come
 from megatron_steel.train.schedule import learning_rate
 
 
@@ -97,6 +97,19 @@ def test_a_schedule_in_its_span_is_the_schedule_of_a_run_of_that_length():
 def test_contradictions_are_named(stages, changes, says):
     with pytest.raises(SteelError, match=says):
         parts_of(_recipe(stages, **changes))
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"), [({"tokens": 40}, "stages: b"), ({"ratio": 0.5}, "train.tokens"), ({"steps": 5}, None)]
+)
+def test_pairs_are_not_counted_in_tokens(stage, says):
+    train = {"steps": None, "tokens": 4000} if says == "train.tokens" else {}
+    recipe = _recipe([{"name": "a"}, {"name": "b", **stage}], train=train)
+    if says is None:
+        refuse_tokens(recipe)
+        return
+    with pytest.raises(SteelError, match=says):
+        refuse_tokens(recipe)
 
 
 def test_an_override_reaches_into_a_stage():
