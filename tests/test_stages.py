@@ -3,6 +3,8 @@
 import pytest
 
 from megatron_steel.errors import SteelError
+from megatron_steel.planner.hardware import parse_cluster
+from megatron_steel.planner.plan import plan
 from megatron_steel.recipe import from_dict, load_recipe
 from megatron_steel.scale import scale
 from megatron_steel.stages import described, parts_of, refuse_tokens, to_come
@@ -130,6 +132,19 @@ def test_shipped_stages(name, tmp_path):
     assert [p.name for p in scaled] == [p.name for p in parts]
     shares = [[p.tokens / sum(q.tokens for q in each) for p in each] for each in (scaled, parts)]
     assert shares[0] == pytest.approx(shares[1], abs=1e-3)
+
+
+def test_a_plan_adds_up_its_stages():
+    recipe = load_recipe(
+        "olmo2-1b", ["stages.stage2.data.sequence_length=16384", "stages.stage2.train.global_batch_size=128"]
+    )
+    found = plan(recipe, "olmo2-1b", parse_cluster("8xA100-80G"))
+    one, two = found["stages"]
+    best = found["settings"][0]
+    assert best["days"] == pytest.approx(one["days"] + two["days"])
+    assert two["micro_batch"] < one["micro_batch"] == best["micro_batch"]
+    assert two["days"] / two["tokens"] > one["days"] / one["tokens"]  # attention over four times as many tokens
+    assert found["run"]["tokens"] == one["tokens"] + two["tokens"]
 
 
 def test_olmo2_leaves_its_cosine_where_its_second_stage_begins():

@@ -13,6 +13,7 @@ import yaml
 from megatron_steel import cli, inspect_run
 from megatron_steel.checkpoint import zero
 from megatron_steel.checkpoint.commit import published, read_manifest
+from megatron_steel.convert import card_facts
 from megatron_steel.data.indexed import IndexedWriter
 from megatron_steel.errors import SteelError
 from megatron_steel.train import state
@@ -140,6 +141,13 @@ def test_checkpoints_say_where_they_belong(train, straight):
         (3, "first"), (4, "first"), (6, "decay"), (7, "decay"), (9, "end"),
     ]  # fmt: skip
     assert [c.manifest["recipe"]["data"]["sequence_length"] for c in found] == [32, 32, 64, 64, 64]
+    card = dict(card_facts.training(found[2].manifest, []))
+    assert card["the run's length"] == "9 steps: this is a checkpoint from its middle"
+    assert card["stages"].startswith(
+        "first (steps 1 to 4, 1,024 tokens), decay (steps 5 to 7, 768 tokens), end (steps 8 to 9"
+    )
+    assert card["stages"].endswith("what follows is of stage 2 (decay)")
+    assert card["global batch"].startswith("4 sequences of 64 tokens")
 
 
 def test_steps_to_come_are_shown_as_they_will_be(train, straight, staged):
