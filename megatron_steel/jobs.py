@@ -76,12 +76,10 @@ def job_of(
 ) -> "Iterator[Job]":
     """A stage of the run, or all of one without stages, as the loop takes it: from `progress` on, over its own data."""
     from megatron_steel.data.loader import Loader
-    from megatron_steel.train import engine as engines
     from megatron_steel.train import loop, replicas, state
 
     recipe, engine, monitor, watch, device = part.recipe, running.engine, running.monitor, running.watch, running.device
     steps = preflight.total_steps(recipe, plan.train, checkpoint)
-    engines.set_micro_batch(engine, recipe.train.micro_batch_size)
     spikes = _spikes(recipe, progress, order)
     facts = run_folder.facts_of(recipe, plan, config, checkpoint) | stages.facts_of(part, running.parts)
     dataset = preflight.open_dataset(plan.train, order, recipe.data.sequence_length)

@@ -96,6 +96,8 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     dist.together(lambda: engines.refuse_precision(recipe.train.precision, device))
     parts = dist.together(lambda: stages.parts_of(recipe)) or []
     plans = [preflight.plan_run(part.recipe) for part in parts]  # of all, so that no stage fails after weeks
+    if any(plan.pairs for plan in plans):
+        dist.together(lambda: stages.refuse_tokens(recipe))
     widest, its_plan = max(
         zip([part.recipe for part in parts], plans, strict=True),
         key=lambda pair: pair[0].train.micro_batch_size * pair[0].data.sequence_length,

@@ -66,6 +66,14 @@ def to_come(parts: Sequence[Part], step: int) -> list[Part]:
     return [p for p in parts[:-1] if step < p.first_step + p.steps] + [parts[-1]]
 
 
+def refuse_tokens(recipe: Recipe) -> None:
+    """For data of pairs, whose labels nobody has counted. Raises SteelError where a length of a stage is one in tokens."""
+    in_tokens = [stage.name for stage in recipe.stages if stage.tokens is not None]
+    if recipe.stages and (in_tokens or recipe.train.tokens is not None):
+        where = f"stages: {in_tokens[0]}" if in_tokens else "train.tokens"
+        raise SteelError("pairs of a prompt and a response cannot be counted in tokens", where, "count in steps")
+
+
 def described(part: Part) -> str:
     """One line: which steps, how long, on what."""
     data, train = part.recipe.data, part.recipe.train

@@ -3,9 +3,11 @@
 import pytest
 
 from megatron_steel.errors import SteelError
-from megatron_steel.recipe import from_dict, load_recipe, recipe_names
+from megatron_steel.planner.hardware import parse_cluster
+from megatron_steel.planner.plan import plan
+from megatron_steel.recipe import from_dict, load_recipe
 from megatron_steel.scale import scale
-from megatron_steel.stages import described, parts_of, to_come
+from megatron_steel.stages import described, parts_of, refuse_tokens, to_come
 from megatron_steel.train.schedule import learning_rate
 
 
@@ -99,6 +101,19 @@ def test_contradictions_are_named(stages, changes, says):
         parts_of(_recipe(stages, **changes))
 
 
+@pytest.mark.parametrize(
+    ("stage", "says"), [({"tokens": 40}, "stages: b"), ({"ratio": 0.5}, "train.tokens"), ({"steps": 5}, None)]
+)
+def test_pairs_are_not_counted_in_tokens(stage, says):
+    train = {"steps": None, "tokens": 4000} if says == "train.tokens" else {}
+    recipe = _recipe([{"name": "a"}, {"name": "b", **stage}], train=train)
+    if says is None:
+        refuse_tokens(recipe)
+        return
+    with pytest.raises(SteelError, match=says):
+        refuse_tokens(recipe)
+
+
 def test_an_override_reaches_into_a_stage():
     recipe = load_recipe("olmo2-1b", ["stages.stage2.data.train=x", "stages.stage2.optim.lr=1e-5"])
     assert (recipe.stages[1].data.train, recipe.stages[1].optim.lr) == ("x", 1e-5)
@@ -107,7 +122,8 @@ def test_an_override_reaches_into_a_stage():
         load_recipe("olmo2-1b", ["stages.stage3.optim.lr=1"])
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if load_recipe(name).stages])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["minicpm-1b", "minicpm-2b", "olmo2-1b"])
 def test_shipped_stages(name, tmp_path):
     parts = parts_of(load_recipe(name))
     small = tmp_path / "small.yaml"
@@ -116,6 +132,19 @@ def test_shipped_stages(name, tmp_path):
     assert [p.name for p in scaled] == [p.name for p in parts]
     shares = [[p.tokens / sum(q.tokens for q in each) for p in each] for each in (scaled, parts)]
     assert shares[0] == pytest.approx(shares[1], abs=1e-3)
+
+
+def test_a_plan_adds_up_its_stages():
+    recipe = load_recipe(
+        "olmo2-1b", ["stages.stage2.data.sequence_length=16384", "stages.stage2.train.global_batch_size=128"]
+    )
+    found = plan(recipe, "olmo2-1b", parse_cluster("8xA100-80G"))
+    one, two = found["stages"]
+    best = found["settings"][0]
+    assert best["days"] == pytest.approx(one["days"] + two["days"])
+    assert two["micro_batch"] < one["micro_batch"] == best["micro_batch"]
+    assert two["days"] / two["tokens"] > one["days"] / one["tokens"]  # attention over four times as many tokens
+    assert found["run"]["tokens"] == one["tokens"] + two["tokens"]
 
 
 def test_olmo2_leaves_its_cosine_where_its_second_stage_begins():

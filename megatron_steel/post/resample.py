@@ -255,9 +255,14 @@ def _write(
 
 
 def _refuse_mixed(prefixes: Sequence[str], known: Sequence[manifest.Manifest], model_dir: str) -> None:
-    """Raise SteelError where data sets are the same, of different dtypes, or of another tokenizer than the model's."""
+    """Raise SteelError where data sets hold pairs, are the same, of different dtypes, or of another tokenizer than the model's."""
     from megatron_steel.data.tokenizer import load_tokenizer
 
+    pairs = [p for p, m in zip(prefixes, known, strict=True) if m.kind == "pairs"]
+    if pairs:
+        raise SteelError(
+            "pairs of a prompt and a response are no documents", ", ".join(pairs), "name data sets of text"
+        )
     digests = [m.digest for m in known]
     if len(set(digests)) < len(digests):
         raise SteelError("the same data twice", ", ".join(prefixes), "name it once")

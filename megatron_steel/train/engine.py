@@ -182,12 +182,6 @@ def set_accumulation(engine: "DeepSpeedEngine", micro_batches: int) -> None:
         engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * dist.world_size())
 
 
-def set_micro_batch(engine: "DeepSpeedEngine", samples: int) -> None:
-    """From the next micro-batch on it has so many samples a rank. A step must not have begun."""
-    if samples != engine.train_micro_batch_size_per_gpu():
-        engine.set_train_micro_batch_size(samples)
-
-
 def apply_step(engine: "DeepSpeedEngine", clip_grad_norm: float) -> float | None:
     """`engine.step()`. Returns the gradient norm only where DeepSpeed does not keep it: fp32 at stage 0.
 

@@ -13,6 +13,7 @@ import yaml
 from megatron_steel import cli, inspect_run
 from megatron_steel.checkpoint import zero
 from megatron_steel.checkpoint.commit import published, read_manifest
+from megatron_steel.convert import card_facts
 from megatron_steel.data.indexed import IndexedWriter
 from megatron_steel.errors import SteelError
 from megatron_steel.train import state
@@ -34,13 +35,13 @@ def better(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def staged(tiny_recipe, tiny_data, better, tmp_path_factory) -> Path:
-    """Steps 1 to 4 as `tiny_recipe`; then two data sets, sequences twice as long, half the batch, a schedule of its own;
+    """Steps 1 to 4 as `tiny_recipe`; then two data sets, sequences twice as long, a quarter of the batch, a schedule of its own;
     then another peak rate within that schedule."""
     tree = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
     tree["train"] |= {"steps": 9, "eval_every_steps": 4, "save_every_steps": 3, "keep_last": 9}
     tree["stages"] = [
         {"name": "first", "steps": 4},
-        {"name": "decay", "schedule": DECAY, "train": {"global_batch_size": 4, "micro_batch_size": 1},
+        {"name": "decay", "schedule": DECAY, "train": {"global_batch_size": 2, "micro_batch_size": 1},
          "data": {"sequence_length": 64, "train": [{"prefix": str(tiny_data / "train"), "weight": 1.0},
                                                    {"prefix": str(better), "weight": 3.0}]}},
         {"name": "end", "ratio": 0.25, "optim": {"lr": 3e-3}},
@@ -100,7 +101,7 @@ def test_a_staged_run_is_the_one_made_by_hand(train, straight, staged, tiny_data
         rows = train(by_hand, "by_hand")
     assert _told(rows) == _told(straight)
     assert [row["stage"] for row in straight.values()] == [1] * 4 + [2] * 3 + [3] * 2
-    assert [row["tokens"] for row in straight.values()] == [256 * n for n in range(1, 10)]
+    assert [row["tokens"] for row in straight.values()] == [*range(256, 1025, 256), *range(1152, 1665, 128)]
     assert straight[4]["lr"] != straight[5]["lr"] == 1e-2  # the warm-up of one step
     assert straight[7]["lr"] == pytest.approx(1e-2 * 2 / 4)
     assert straight[8]["lr"] == pytest.approx(3e-3 / 4)
@@ -118,6 +119,7 @@ def test_an_interrupted_run_equals_one_that_was_not(stop, train, straight, stage
     _equal(_state(cut), _state(train.root / "straight"))
 
 
+@pytest.mark.slow
 def test_a_stop_that_is_asked_for_at_a_boundary_comes_there(train, straight, staged, monkeypatch):
     save = state.save
 
@@ -139,6 +141,13 @@ def test_checkpoints_say_where_they_belong(train, straight):
         (3, "first"), (4, "first"), (6, "decay"), (7, "decay"), (9, "end"),
     ]  # fmt: skip
     assert [c.manifest["recipe"]["data"]["sequence_length"] for c in found] == [32, 32, 64, 64, 64]
+    card = dict(card_facts.training(found[2].manifest, []))
+    assert card["the run's length"] == "9 steps: this is a checkpoint from its middle"
+    assert card["stages"].startswith(
+        "first (steps 1 to 4, 1,024 tokens), decay (steps 5 to 7, 384 tokens), end (steps 8 to 9"
+    )
+    assert card["stages"].endswith("what follows is of stage 2 (decay)")
+    assert card["global batch"].startswith("2 sequences of 64 tokens")
 
 
 def test_steps_to_come_are_shown_as_they_will_be(train, straight, staged):
