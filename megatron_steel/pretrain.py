@@ -139,6 +139,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
         warn_of_space(folder / "checkpoints", state.first_checkpoint_bytes(plan.parameters), room)
     engine, group_names, causal = _start_engine(part.recipe, plan, config, checkpoint, device, chosen, folder)
     progress = state.restore(engine, checkpoint) if checkpoint else state.Progress(0, 0, {})
+    watch.skipped_steps = progress.skipped_steps
     sees_future = causal is False or getattr(plan.config, "sees_future", False)
     run_steps = (parts[-1].recipe.train.steps or steps) if recipe.stages else steps
     monitor = Monitor(folder, progress.step, sees_future, run_steps)

@@ -92,3 +92,9 @@ def test_every_package_is_packed():
     packed = set(project["tool"]["setuptools"]["packages"])
     found = {".".join(p.parent.relative_to(PACKAGE.parent).parts) for p in PACKAGE.rglob("__init__.py")}
     assert packed == found | {"megatron_steel.ds_configs"}
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their name alone, and would leave the second one out of the run."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []

@@ -182,7 +182,8 @@ def _with_the_skip_in_its_state(run: Path, to: Path, start: int, stop: int) -> N
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (1, []),
+        (1, ["deepspeed.config=zero1.json"]),
+        pytest.param(1, [], marks=pytest.mark.slow),
         pytest.param(2, [], marks=pytest.mark.slow),
         pytest.param(2, ["deepspeed.config=zero0.json"], marks=pytest.mark.slow),
         pytest.param(2, ["deepspeed.config=zero1.json", "train.precision=bf16"], marks=pytest.mark.slow),

@@ -184,7 +184,8 @@ assert expected[-1] != expected[0]
 @pytest.mark.parametrize(
     ("changes", "checkpointing", "block"),
     [
-        ({"causal_slots": "prefix"}, True, 8), ({"causal_slots": "lagged"}, False, 8), ({"FFN_type": "softmoe_v1"}, True, 64),
+        ({"causal_slots": "prefix"}, True, 8), ({"causal_slots": "lagged"}, False, 8),
+        pytest.param({"FFN_type": "softmoe_v1"}, True, 64, marks=pytest.mark.slow),
     ],
     ids=["prefix", "lagged", "v1"],
 )  # fmt: skip

@@ -10,7 +10,7 @@ def _curve(rows):
     return {step: [row[k] for k in keys] + [row.get("validation_loss")] for step, row in rows.items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stop_and_resume_in_a_fresh_process_is_bitwise(ranks, tiny_recipe, launch, metrics, tmp_path):
     launch(ranks, tiny_recipe, f"run.dir={tmp_path}/straight")
     # Without its last checkpoint a copy of the run has only the one of step 3, and lines that go on to step 6.
