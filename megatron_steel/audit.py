@@ -51,6 +51,8 @@ def audit(
         if file and not Path(file).absolute().parent.is_dir():
             raise SteelError("the folder for this file does not exist", file, "make it, or name another file")
     model = load_for_audit(Path(source), trust_code)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return _audit_decoder(str(source), model, data, json_file, picture)
     ids_BT = _sample(data, model)
     report = {"source": str(source), **examine(model, ids_BT)}
     report["loss"]["data"] = data or "random tokens"
@@ -61,6 +63,20 @@ def audit(
         from megatron_steel.audit_picture import draw
 
         _write(Path(picture), lambda aside: draw(report, aside))
+    return report
+
+
+def _audit_decoder(
+    source: str, model: Any, data: str | None, json_file: str | None, picture: str | None
+) -> dict[str, Any]:
+    """Of an encoder-decoder the causality of its decoder, behind one fixed prompt; its encoder reads both ways by design."""
+    if data or picture:
+        what = "of an encoder-decoder only the decoder's causality is audited, and no loss"
+        raise SteelError(what, "--data, --picture", "leave them out")
+    report = {"source": source, **quick_audit(model)}
+    print(report["verdict"])
+    if json_file:
+        _write(Path(json_file), lambda aside: write_json(aside, report))
     return report
 
 

@@ -68,7 +68,7 @@ def scaled_fields(recipe: Recipe, wanted: int, vocab_size: int | None) -> tuple[
     if recipe.model.type is None:
         what = "a model that comes from a folder has no fields to scale"
         raise SteelError(what, "model.path", "write its sizes under model.type and model.config")
-    old = recipe.model.config | ({"vocab_size": vocab_size} if vocab_size else {})
+    old = _plain_fields(recipe.model.config | ({"vocab_size": vocab_size} if vocab_size else {}))
     largest = _count(recipe, old)
     if wanted > largest * (1 + _WITHIN):
         raise SteelError(f"the recipe has {largest:,} parameters: scale makes it smaller", "--params", "ask for less")
@@ -81,6 +81,18 @@ def scaled_fields(recipe: Recipe, wanted: int, vocab_size: int | None) -> tuple[
         hint = f"{smaller}ask for {'more' if least > wanted else 'a little more or less'}"
         raise SteelError(what, "--params", f"{hint} (the smallest tried has {least:,})")
     return min(fitting, key=lambda found: _unlike(old, found[0]) + abs(found[1] / wanted - 1))
+
+
+def _plain_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without ids that the vocabulary does not have. Raises SteelError where a size is left to the class's default."""
+    left = [role for role in ("width", "layers") if not _field(fields, role)]
+    left += [] if _field(fields, "heads") or _field(fields, "head_dim") else ["heads"]
+    names = [_NAMES[role][0] for role in left] + ([] if "vocab_size" in fields else ["vocab_size"])
+    if names:
+        what = f"the recipe leaves {', '.join(names)} to the class's defaults"
+        raise SteelError(what, "model.config", "write these fields into the recipe (in the class's own words)")
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return fields | {name: None for name in ids if (fields.get(name) or 0) >= fields["vocab_size"]}
 
 
 def _candidates(recipe: Recipe, old: dict[str, Any], wanted: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -151,12 +163,7 @@ def _sized(old: dict[str, Any], w: int, depth: int) -> dict[str, Any] | None:
     heads = _heads(old, w)
     if heads is None:
         return None
-    ids = {
-        name: None
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if (old.get(name) or 0) >= old["vocab_size"]
-    }
-    return _by_size(new | heads | ids, w, depth)
+    return _by_size(new | heads, w, depth)
 
 
 def _heads(old: dict[str, Any], w: int) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from megatron_steel.errors import SteelError
 from megatron_steel.model.build import build_config
 from megatron_steel.model.flops import parameters
 from megatron_steel.recipe import Model, accumulation_steps, from_dict, load_recipe, recipe_names
-from megatron_steel.scale import scale
+from megatron_steel.scale import scale, scaled_fields
 
 PUBLISHED = {  # exact figures of papers, model cards and released weights, or derived from the formulas of their code
     "baby-llama2-218m": 218_155_008, "baby-llama2-58m": 58_479_616, "chatlm-mini-0.2b": 187_692_288, "ct-llm-2b": 2_134_509_568,
@@ -138,6 +138,13 @@ def test_what_cannot_be_scaled_is_said(name, parameters, says):
         scale(name, parameters)
     with pytest.raises(SteelError, match="no vocabulary"):
         scale("pythia-160m", "3m", 0)
+
+
+def test_sizes_that_a_recipe_leaves_to_its_class_cannot_be_scaled():
+    recipe = load_recipe("qwen3-0.6b")
+    recipe = dataclasses.replace(recipe, model=Model(type="qwen3", config={"num_attention_heads": 4}))
+    with pytest.raises(SteelError, match="leaves hidden_size, num_hidden_layers, vocab_size to the class's defaults"):
+        scaled_fields(recipe, 3_000_000, None)
 
 
 def test_steel_1b_has_the_hyper_parameters_of_the_original_code():

@@ -268,3 +268,7 @@ def _refuse_auto(value: Any, where: str, key: str = "") -> None:
     if isinstance(value, dict):
         for name, inner in value.items():
             _refuse_auto(inner, where, f"{key}.{name}".lstrip("."))
+
+
+def to_device(batch: dict[str, "torch.Tensor"], device: "torch.device") -> dict[str, "torch.Tensor"]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

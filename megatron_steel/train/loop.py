@@ -6,7 +6,7 @@
    that the loss is a mean over tokens and not a mean of means. A loss that is no number, on any rank, changes nothing.
    The ranks talk once a step, when the optimizer's work is on its way to the device; the loss is fetched only where it
    is logged or watched.
-3. `evaluate` lets the model write, and `validate` does the same over held-out samples, without gradients.
+3. Between steps `evaluate` (train/evaluate.py) lets the model write and takes its loss over held-out samples.
 
 Knows nothing of how data is ordered, how a model is built or how a checkpoint is committed.
 """
@@ -22,10 +22,11 @@ from megatron_steel import dist
 from megatron_steel.data.loader import counted
 from megatron_steel.errors import Stopped, TrainingError
 from megatron_steel.recipe import Recipe
-from megatron_steel.train.engine import apply_step, set_accumulation
+from megatron_steel.train.engine import apply_step, set_accumulation, to_device
+from megatron_steel.train.evaluate import evaluate, written_at
 from megatron_steel.train.garbage import Garbage
 from megatron_steel.train.health import Health, by_layer, extremes
-from megatron_steel.train.monitor import METRICS, SAMPLES, Monitor, progress_line, read_metrics
+from megatron_steel.train.monitor import Monitor, progress_line
 from megatron_steel.train.samples import Prompts
 from megatron_steel.train.schedule import learning_rate
 from megatron_steel.train.spikes import Spikes
@@ -124,7 +125,7 @@ def fit(job: Job) -> None:
     logged_at, save_due = (job.step, job.tokens), False
     job.clock.take(1)
     if job.step and job.step % train.eval_every_steps == 0:
-        evaluate(job, _written_at(job))
+        evaluate(job, written_at(job))
     with Garbage() as garbage:
         while job.step < job.steps:
             job.step += 1
@@ -235,71 +236,6 @@ def on_its_way(number: "torch.Tensor") -> Callable[[], float]:
     return arrived
 
 
-def evaluate(job: Job, written: frozenset[str] = frozenset()) -> None:
-    """Text from the prompts, then the validation loss; not what has been `written` for this step before.
-
-    Where a stop is asked for in between, the rest is left out: `fit` makes good for it at the resume.
-    """
-    if job.prompts and SAMPLES not in written:
-        with job.clock.part("samples"):
-            texts = job.prompts.write(job.engine, lambda: _goes_on(job))
-        if texts is None:
-            return
-        job.monitor.samples(job.step, job.tokens, job.prompts.texts, texts)
-    if job.validation and METRICS not in written:
-        validate(job)
-
-
-def validate(job: Job) -> float | None:
-    """Mean loss per token over the validation samples; logged under `validation_loss`, and where there are several
-    data sets, of each alone under `validation_loss/NAME`.
-
-    None when a stop was asked for in between: a long evaluation does not hold it up.
-    """
-    import torch
-
-    engine, going_on = job.engine, True
-    sums = torch.zeros(len(job.validation), 2, dtype=torch.float64, device=engine.device)
-    engine.eval()
-    with torch.no_grad(), job.clock.part("validation"):
-        for of_set, batches in zip(sums, job.validation.values(), strict=True):
-            for batch in batches() if going_on else ():
-                of_set[0] += engine(**to_device(batch, engine.device))
-                of_set[1] += (batch["labels"] != -100).sum()
-                going_on = _goes_on(job)
-                if not going_on:
-                    break
-    engine.train()
-    if not going_on:
-        return None
-    torch.distributed.all_reduce(sums)
-    total, tokens = sums.sum(dim=0).tolist()
-    by_set = {f"validation_loss/{name}": float(s / n) for name, (s, n) in zip(job.validation, sums, strict=True)}
-    row = {"tokens": job.tokens, "validation_loss": total / tokens, **(by_set if len(by_set) > 1 else {})}
-    job.monitor.scalars(job.step, row)
-    dist.log.info(
-        "step %6d/%d | validation loss %.4f over %d tokens", job.step, job.run_steps, total / tokens, int(tokens)
-    )
-    return total / tokens
-
-
-def _goes_on(job: Job) -> bool:
-    """Leave a mark that something was done; False on all ranks when one was asked to stop. A collective call."""
-    job.watch.progress(job.step)
-    return not job.watch.agreed_stop()
-
-
-def _written_at(job: Job) -> frozenset[str]:
-    """What the files hold of the evaluation of the step the run continues from; the same on all ranks."""
-
-    def written(file: str, key: str) -> bool:
-        return any(r["step"] == job.step and key in r for r in read_metrics(job.monitor.folder / file))
-
-    found = {file for file, key in ((METRICS, "validation_loss"), (SAMPLES, "prompt"))
-             if dist.is_main() and written(file, key)}  # fmt: skip
-    return dist.gather(frozenset(found))[0]
-
-
 def log_step(job: Job, done: StepResult, steps: int, tokens: int) -> None:
     """Send out the numbers of the last step, and the mean times of the last `steps` steps, which took `tokens`."""
     import torch
@@ -334,10 +270,6 @@ def log_step(job: Job, done: StepResult, steps: int, tokens: int) -> None:
 
 def is_logged(job: Job) -> bool:
     return job.step % job.recipe.train.log_every_steps == 0 or job.step == job.steps
-
-
-def to_device(batch: Batch, device: "torch.device") -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def memory_gib(device: "torch.device") -> float:
