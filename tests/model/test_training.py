@@ -111,7 +111,8 @@ def test_loss_and_gradients_equal_the_class_s_own(name):
 
 def test_every_class_on_the_fast_road_is_tested():
     tested = {type(make(name)).__name__ for name in CLASSES}
-    assert tested == set(training._HEADS)
+    # The encoder-decoder takes other inputs: tests/model/test_text_to_text.py.
+    assert tested | {"T5ForConditionalGeneration"} == set(training._HEADS)
 
 
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - {"gemma3_text"}))
