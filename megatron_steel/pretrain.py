@@ -88,6 +88,7 @@ def run(name: str, overrides: list[str], dry_run: bool = False, report: "Report 
 def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device", scratch: Path | None = None) -> None:
     """`scratch`: this is a dry run: what it writes goes there, and the run folder is only read."""
     from megatron_steel.checkpoint.commit import published, warn_of_space
+    from megatron_steel.model.build import require_start
     from megatron_steel.train import engine as engines
     from megatron_steel.train import loop, state
     from megatron_steel.train.monitor import Monitor
@@ -131,6 +132,8 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
         dist.log.info("the run is complete: nothing to do")
         return
 
+    if recipe.model.init_from and not checkpoint:
+        dist.together(lambda: require_start(recipe.model.init_from or ""))
     if scratch:
         folder, seen = scratch, []
     held = dist.together(lambda: run_folder.open_folder(folder, recipe, config, seen), only=dist.is_main())
@@ -222,6 +225,7 @@ def _announce(
     then: list[stages.Part],
 ) -> None:
     from megatron_steel.train.engine import zero_stage
+    from megatron_steel.train.schedule import warmup_is_cut
 
     recipe = part.recipe
     length = f"{jobs.total_tokens(recipe, steps, checkpoint) + sum(later.tokens for later in then):,} tokens"
@@ -232,6 +236,11 @@ def _announce(
         recipe.run.dir, f"{plan.parameters:,}", f"{steps + sum(later.steps for later in then):,}", length,
         dist.world_size(), zero_stage(config), recipe.train.micro_batch_size, config["gradient_accumulation_steps"],
     )  # fmt: skip
+    if warmup_is_cut(recipe.schedule, steps):
+        dist.log.warning(
+            "schedule.warmup_steps=%d: the rate does not come to its peak of %g before %s",
+            recipe.schedule.warmup_steps, recipe.optim.lr, "the decay begins" if recipe.schedule.name == "wsd" else "the run ends",
+        )  # fmt: skip
     if part.number:
         dist.log.info("%s", "\n  ".join(stages.described(each) for each in (part, *then)))
     if checkpoint:

@@ -51,6 +51,10 @@ def test_missing_data(fails, tmp_path):
     fails("nowhere", f"data.train={tmp_path}/nowhere")
 
 
+def test_no_weights_to_start_from(fails, tmp_path):
+    fails("there is no Hugging Face model to start from", f"model.init_from={tmp_path}/nowhere")
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_truncated_data(fails, tiny_data, tmp_path, suffix):
     prefix = _copy(tiny_data, tmp_path)

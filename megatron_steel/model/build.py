@@ -34,7 +34,7 @@ from megatron_steel.model.training import prepare_for_training
 if TYPE_CHECKING:
     from megatron_steel.recipe import Model
 
-__all__ = ["build_config", "build_model", "decay_groups", "fetched_whole", "prepare_for_training"]
+__all__ = ["build_config", "build_model", "decay_groups", "fetched_whole", "prepare_for_training", "require_start"]
 
 
 def build_config(model: "Model", tokenizer_vocab_size: int | None = None) -> PretrainedConfig:
@@ -213,9 +213,14 @@ def _config_of_folder(path: str, trust_code: bool) -> PretrainedConfig:
     raise SteelError(what, file, "read the .py files there, then set model.trust_code=true")
 
 
-def _load_weights(config: PretrainedConfig, folder: str, trust_code: bool) -> PreTrainedModel:
+def require_start(folder: str) -> None:
+    """Raise SteelError where no model lies that a run could start from (`model.init_from`)."""
     if not Path(folder, "config.json").is_file():
         raise SteelError("there is no Hugging Face model to start from", folder, "mend model.init_from")
+
+
+def _load_weights(config: PretrainedConfig, folder: str, trust_code: bool) -> PreTrainedModel:
+    require_start(folder)
     refuse_outside(Path(folder))
     own = own_class(config)
     cls: Any = own.model if own else auto_class(config)

@@ -54,6 +54,15 @@ def learning_rate(
     return peak * (_between(1.0, floor, progress) if schedule.name == "cosine" else 1 - (1 - floor) * progress)
 
 
+def warmup_is_cut(schedule: Schedule, steps: int) -> bool:
+    """Whether a run of `steps` ends, or a `wsd` decays, before its warm-up in steps has reached the peak."""
+    begin, until = schedule.span or (0, steps)
+    if schedule.warmup_tokens is not None or schedule.warmup_ratio is not None:
+        return False
+    flat_until = (1 - schedule.decay_ratio if schedule.name == "wsd" else 1.0) * (until - begin)
+    return schedule.warmup_steps > flat_until
+
+
 def _wsd_share(schedule: Schedule, at: float, end: float) -> float:
     span = max(1, round(schedule.decay_ratio * end))
     progress = min(1.0, max(0.0, (at - (end - span)) / span))

@@ -8,7 +8,7 @@ import transformers
 
 from megatron_steel.errors import SteelError
 from megatron_steel.recipe import Schedule, from_dict, load_recipe
-from megatron_steel.train.schedule import learning_rate
+from megatron_steel.train.schedule import learning_rate, warmup_is_cut
 
 
 def _rates(total, **schedule):
@@ -103,6 +103,15 @@ def test_a_growing_batch_reaches_the_peak_at_the_same_token():
 def test_a_run_shorter_than_its_warm_up_is_valid():
     assert _rates(3, name="cosine", warmup_steps=10) == pytest.approx([0.1, 0.2, 0.3])
     assert _rates(1, name="one_cycle", warmup_ratio=0.3, initial_lr_ratio=0.1) == pytest.approx([0.0])
+
+
+def test_a_warm_up_that_never_comes_to_its_peak_is_noticed():
+    wsd = Schedule(name="wsd", warmup_steps=9, decay_ratio=0.5)
+    assert warmup_is_cut(wsd, 10)
+    assert not warmup_is_cut(wsd, 18)
+    assert warmup_is_cut(Schedule(warmup_steps=11), 10)
+    assert not warmup_is_cut(Schedule(warmup_steps=10), 10)
+    assert warmup_is_cut(Schedule(warmup_steps=6, span=(100, 105)), 1000)
 
 
 def test_what_cannot_be_is_named():
