@@ -72,7 +72,7 @@ def choose(
         what = f"{kernels.fused}'s norm is not used in compiled layers: inductor fuses it"
         raise SteelError(what, f"kernels.compile=true, kernels.fused={kernels.fused}", "set one of them to auto")
     if kernels.head == "liger":
-        _require(_liger_problem(device), _LIGER, "kernels.head", "liger")
+        _require(liger_problem(device), _LIGER, "kernels.head", "liger")
     # Not Liger's by itself: its chunks of 256 tokens re-read the weight, and no GPU figure says that it is faster.
     head = "chunked" if kernels.head == "auto" else kernels.head
     if not compiled:
@@ -97,11 +97,11 @@ def _fused(name: str, device: torch.device) -> str:
     if name == "auto":
         if device.type != "cuda":
             return "torch"
-        if _liger_problem(device) is None:
+        if liger_problem(device) is None:
             return "liger"
         return "apex" if apex_problem(device) is None else "torch"
     if name == "liger":
-        _require(_liger_problem(device), _LIGER, "kernels.fused", "liger")
+        _require(liger_problem(device), _LIGER, "kernels.fused", "liger")
     if name == "apex":
         _require(apex_problem(device), _APEX, "kernels.fused", "apex")
     return name
@@ -125,15 +125,20 @@ def _compiler_problem(device: torch.device) -> str | None:
     return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "a C compiler (gcc) is not on the path"
 
 
-def _liger_problem(device: torch.device) -> str | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
+def liger_problem(device: torch.device) -> str | None:
+    """Why Liger's kernels cannot run. First the device: no installation helps a machine without a GPU."""
+    # triton's interpreter (TRITON_INTERPRET=1) computes on a CPU, slowly: for tests
+    if device.type != "cuda" and not _interpreted():
+        return f"Liger's kernels {_NO_GPU}, and this is {device.type}"
+    return "liger-kernel is not installed" if importlib.util.find_spec("liger_kernel") is None else None
+
+
+def _interpreted() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
     from triton import knobs
 
-    # triton's interpreter (TRITON_INTERPRET=1) computes on a CPU, slowly: for tests
-    if device.type != "cuda" and not knobs.runtime.interpret:
-        return f"Liger's kernels {_NO_GPU}, and this is {device.type}"
-    return None
+    return bool(knobs.runtime.interpret)
 
 
 def apex_problem(device: torch.device) -> str | None:

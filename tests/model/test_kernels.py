@@ -78,10 +78,15 @@ def test_classes_outside_the_graphs_are_named():
 
 
 def test_liger_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    """A device of type cuda is named, not used. On a CPU nothing that could be installed would help."""
     monkeypatch.setattr(kernels_of.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SteelError, match=r"liger-kernel is not installed") as raised:
+    problem = kernels_of.liger_problem(torch.device("cuda"))
+    assert problem == "liger-kernel is not installed"
+    with pytest.raises(SteelError, match="pip install liger-kernel"):
+        kernels_of._require(problem, kernels_of._LIGER, "kernels.fused", "liger")
+    with pytest.raises(SteelError, match="Liger's kernels need a CUDA device") as raised:
         choose(Kernels(fused="liger"), model(), CPU, "fp32")
-    assert "pip install liger-kernel" in str(raised.value)
+    assert "pip install" not in str(raised.value)
 
 
 def test_the_apex_of_pypi_is_known_for_another_program(tmp_path, monkeypatch):
