@@ -61,7 +61,7 @@ def make(name):
     config = build_config(Model(type=name.removesuffix("-v1"), config=sizes | rest))
     model = build_model(config, seed=3)
     if name == "phi":
-        torch.nn.init.normal_(model.lm_head.bias)
+        torch.nn.init.normal_(model.lm_head.bias, generator=torch.Generator().manual_seed(4))
     return model.train()
 
 
