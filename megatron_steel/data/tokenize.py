@@ -26,7 +26,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_steel.data import encoders, manifest, parallel, parts, readers
 from megatron_steel.data.indexed import PathLike, bin_path, idx_path
@@ -42,9 +42,23 @@ _LEAST_UNIT_BYTES, _MOST_UNITS = 16 << 20, 2048
 _HOPELESS_ROWS = 10
 _NAMED_PROBLEMS = 5
 _SECONDS_BETWEEN_LINES = 10.0
-_FIRST_FILES, _FIRST_DOCUMENTS, FIRST_CHARACTERS = 32, 64, 400_000  # on which encoders are compared
+_FIRST_FILES, _FIRST_DOCUMENTS, _FIRST_CHARACTERS = 32, 64, 400_000  # on which encoders are compared
 _FILES = (bin_path, idx_path, manifest.manifest_path)  # of a data set, in the order in which they take their names
 _LAYOUT = 2  # of a parts folder and of what decides its bytes; another number makes leftovers useless
+
+
+class Loaded(NamedTuple):
+    """A tokenizer and the encoder that stands in for it, proven on the first documents, however many follow."""
+
+    tokenizer: Tokenizer
+    encoder: encoders.Encoder
+
+
+def load(path: PathLike, inputs: Sequence[PathLike], keys: tuple[str, ...] = ("text",)) -> Loaded:
+    """What `tokenize` loads for these files before it starts."""
+    tokenizer = load_tokenizer(path)
+    units = [unit for file in inputs for unit in readers.units(file, _LEAST_UNIT_BYTES)]
+    return Loaded(tokenizer, encoders.choose(tokenizer, os.path.abspath(path), _first_documents(units, keys)))
 
 
 def tokenize(
@@ -61,6 +75,7 @@ def tokenize(
     min_chars: int = 0,
     prompt_key: str | None = None,
     response_key: str | None = None,
+    loaded: Loaded | None = None,
 ) -> manifest.Manifest:
     """Tokenize files into `output_prefix` and return its manifest. A data set of that name is replaced at the end.
 
@@ -78,6 +93,7 @@ def tokenize(
         min_tokens, min_chars: a document with fewer tokens (its end not counted) or characters is left out, and counted.
         prompt_key, response_key: the two keys of a pair, instead of `text_key`: for encoder-decoder models. A document is
             then two sequences, the manifest's kind is "pairs", and the hash of the prompt alone decides the side.
+        loaded: from `load` for this tokenizer and these keys; by default it is loaded here.
 
     Raises:
         SteelError: bad argument, input or tokenizer; too many malformed rows; no text; another process makes the
@@ -93,10 +109,9 @@ def tokenize(
             "256 and 200 are OpenELM's",
         )
     keys = _pair_keys(prompt_key, response_key, shuffle)
-    tokenizer = load_tokenizer(tokenizer_path)
     bundles = _bundles(inputs)
     units = [unit for bundle in bundles for unit in bundle]
-    encoder = encoders.choose(tokenizer, os.path.abspath(tokenizer_path), _first_documents(units, keys or (text_key,)))
+    tokenizer, encoder = loaded or load(tokenizer_path, inputs, keys or (text_key,))
     job = parts.Job(f"{os.fspath(output_prefix)}.parts", text_key, validation_ratio, min_tokens, min_chars, keys)
     try:
         with contextlib.ExitStack() as stack:
@@ -171,26 +186,13 @@ def _bundles(inputs: Sequence[PathLike]) -> list[list[readers.Unit]]:
     return bundles
 
 
-def choose_encoder(
-    inputs: Sequence[PathLike], tokenizer_path: PathLike, text_key: str = "text"
-) -> tuple[encoders.Encoder, int]:
-    """The encoder that `tokenize` takes for these files, and on how many of their characters it was proven.
-
-    Its cost does not grow with the corpus: of more than `FIRST_CHARACTERS` no more is looked at.
-    """
-    units = [unit for bundle in _bundles(inputs) for unit in bundle]
-    documents = _first_documents(units, (text_key,))
-    path = os.path.abspath(tokenizer_path)
-    return encoders.choose(load_tokenizer(tokenizer_path), path, documents), sum(map(len, documents))
-
-
 def _first_documents(units: Sequence[readers.Unit], keys: tuple[str, ...]) -> list[str]:
     """The beginnings of the first documents of the first files, for the choice of the encoder."""
     firsts = {unit.path: unit for unit in reversed(units)}
     paths = list(dict.fromkeys(unit.path for unit in units))[:_FIRST_FILES]
     documents = []
     for path in paths:
-        room = FIRST_CHARACTERS // len(paths)
+        room = _FIRST_CHARACTERS // len(paths)
         found = (
             readers.pairs(firsts[path], keys) if len(keys) == 2 else ((r,) for r in readers.rows(firsts[path], *keys))
         )

@@ -3,33 +3,40 @@
 1. The beginning of the inputs is cut off as a sample, in their own format, and a quarter of it as a smaller one.
 2. Each stage runs on both, alone on one core, through the functions behind the verbs; CPU seconds are counted, not the
    clock's, so that a busy machine does not spoil them.
-3. seconds = start + rate x bytes through the two points; N cores do the second part N times as fast. Bytes of the output
-   grow as the input's. Choosing the encoder is timed by itself: it reads the first documents up to a limit, so it grows
-   with a small sample and not with a corpus.
+3. seconds = start + rate x bytes through the two points. Joining what the workers made is timed by itself, too: one
+   process does that, however many cores there are, and N cores do the rest N times as fast. Bytes of the output grow as
+   the input's. Loading the tokenizer and proving its encoder is timed by itself and counts as start: it takes
+   seconds, which would hide the rate of a small sample, and reads the first documents only.
 
 The rates are those of the machine it runs on, so that is where it must be asked. Knows nothing of models.
 """
 
+import contextlib
+import logging
 import math
 import os
 import re
 import resource
 import shutil
+import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_steel.data import parallel, readers, sources
-from megatron_steel.data.tokenize import FIRST_CHARACTERS, choose_encoder, tokenize
+from megatron_steel.data.indexed import bin_path, idx_path
+from megatron_steel.data.merge import concatenate
+from megatron_steel.data.reserve import sha256
+from megatron_steel.data.tokenize import load, tokenize
 from megatron_steel.errors import SteelError
 
-_SAMPLE = 8_000_000  # bytes of input in the larger sample
+_SAMPLE = 32_000_000  # bytes of input in the larger sample
 _ENOUGH = 1_000_000  # bytes: below, a stage takes few ticks of the clock that counts CPU seconds
 _FILES = 8  # at most, that the sample is taken from
-_REPEATS = 2  # at least; the fastest counts
-_LONG_ENOUGH = 0.5  # CPU seconds: what is shorter is repeated, a few times more
+_REPEATS = 10  # at most; the median counts
+_LONG_ENOUGH = 1.0  # CPU seconds: what took less in all is run again
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Stage:
 
     name: str
     start_seconds: float
+    join_seconds: float
+    """CPU seconds of the part that grows with the corpus and that one process does."""
     core_seconds: float
     """CPU seconds of the part that cores share."""
     hours: float
@@ -80,7 +89,7 @@ def plan(
     own = sum(os.path.getsize(file) for file in files)
     total = _bytes(total_size) if total_size else own
     workers = cores or parallel.cpus()
-    with tempfile.TemporaryDirectory(prefix="megatron-steel-plan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="megatron-steel-plan-") as folder, _silent_stages():
         large = [cut(file, Path(folder, "large"), sample_bytes // min(len(files), _FILES)) for file in files[:_FILES]]
         small = [cut(file, Path(folder, "small"), math.ceil(stands / 4)) for file, stands in large]
         points = [_measured(source, taken, Path(folder), tokenizer, chain) for taken in (small, large)]
@@ -94,16 +103,20 @@ def plan(
 
 
 def as_text(found: dict[str, Any]) -> str:
+    unit, divisor = ("hours", 3600.0) if found["hours"] >= 1 else ("seconds", 1.0)
     lines = [f"{found['source']}: {found['bytes'] / 1e9:,.3f} GB in {found['files']} files, rates from "
              f"{found['sampled_bytes'] / 1e6:.2f} MB of them on this machine, {found['cores']} cores",
-             f"{'':10} {'hours':>9} {'core hours':>10} {'GB':>9} {'GB more while it runs':>21}"]  # fmt: skip
+             f"{'':10} {unit:>9} {'core ' + unit:>12} {'join':>9} {'GB':>9} {'GB more while it runs':>21}"]  # fmt: skip
     for s in found["stages"]:
-        lines.append(f"{s['name']:10} {s['hours']:>9.3f} {s['core_seconds'] / 3600:>10.3f} {s['bytes'] / 1e9:>9.3f} "
+        whole, shared, join = (
+            seconds / divisor for seconds in (s["hours"] * 3600, s["core_seconds"], s["join_seconds"])
+        )
+        lines.append(f"{s['name']:10} {whole:>9,.1f} {shared:>12,.1f} {join:>9,.1f} {s['bytes'] / 1e9:>9.3f} "
                      f"{s['bytes_while_running'] / 1e9:>21.3f}")  # fmt: skip
     if found["sampled_bytes"] < min(_ENOUGH, found["bytes"]):
         lines.append("note: from so small a sample the hours are noise: give at least a megabyte of the corpus")
     lines.append(
-        f"{'all':10} {found['hours']:>9.3f}; {found['bytes_at_most'] / 1e9:,.3f} GB of disk at most, input included"
+        f"{'all':10} {found['hours'] * 3600 / divisor:>9,.1f} {unit}; {found['bytes_at_most'] / 1e9:,.3f} GB of disk at most, input included"
     )
     return "\n".join(lines)
 
@@ -126,7 +139,7 @@ def cut(file: str, folder: Path, limit: int) -> tuple[str, int]:
             while writer.tell() < limit and (line := reader.readline()):
                 writer.write(line)
             return str(target), writer.tell()
-    if size > 64 * _SAMPLE:
+    if size > 16 * _SAMPLE:
         what = f"no sample can be cut from {size / 1e9:.1f} GB of a compressed file or JSON array"
         raise SteelError(what, file, "give a smaller file of the same corpus, and --total-size of the whole")
     shutil.copyfile(file, target)
@@ -153,65 +166,94 @@ def _codec(file: Any) -> str:
     return str(file.metadata.row_group(0).column(0).compression)
 
 
+@dataclass(frozen=True)
+class _Point:
+    """One stage on one sample, in CPU seconds, each part timed by itself."""
+
+    start: float
+    run: float  # the start left out, the join included
+    join: float
+    written: int  # bytes
+
+
 def _measured(
     source: str, taken: Sequence[tuple[str, int]], folder: Path, tokenizer: str | None, chain: str | None
 ) -> dict[str, Any]:
-    """{bytes: of input, stages: {name: (CPU seconds, bytes of output)}} of one sample."""
+    """{bytes: of input, stages: {name: _Point}} of one sample."""
     from megatron_steel.data.clean.run import clean
     from megatron_steel.data.prepare import prepare
 
     files, text, cleaned, prefix = [f for f, _ in taken], folder / "text.jsonl", folder / "clean.jsonl", folder / "data"
-    stages: dict[str, Callable[[], Any]] = {"prepare": lambda: prepare(source, files, text, workers=1)}
-    outputs = {"prepare": [text], "clean": [cleaned], "tokenize": [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]}
+    run = _cpu_seconds(lambda: prepare(source, files, text, workers=1))
+    found = {"prepare": _Point(0.0, run, _cpu_seconds(lambda: _copy_and_hash(text)), text.stat().st_size)}
     if chain:
-        stages["clean"] = lambda: clean([text], chain, cleaned, workers=1)
+        run, join = _cpu_seconds_both(lambda: clean([text], chain, cleaned, workers=1))
+        found["clean"] = _Point(0.0, run, join, cleaned.stat().st_size)
     if tokenizer:
-        stages["tokenize"] = lambda: tokenize([cleaned if chain else text], tokenizer, prefix, workers=1)
-    found = {}
-    for name, run in stages.items():
-        seconds = _cpu_seconds(run)
-        found[name] = (seconds, sum(path.stat().st_size for path in outputs[name]))
-    measured = {"bytes": sum(stands for _, stands in taken), "stages": found}
-    if tokenizer:
-        text_files = [cleaned if chain else text]
-        characters = choose_encoder(text_files, tokenizer)[1]
-        measured["choice"] = (_cpu_seconds(lambda: choose_encoder(text_files, tokenizer)), characters)
-    return measured
+        found["tokenize"] = _tokenized([cleaned if chain else text], tokenizer, prefix)
+    return {"bytes": sum(stands for _, stands in taken), "stages": found}
+
+
+def _tokenized(rows: list[Path], tokenizer: str, prefix: Path) -> _Point:
+    loaded = []
+    start = _cpu_seconds(lambda: loaded.append(load(tokenizer, rows)))
+    run = _cpu_seconds(lambda: tokenize(rows, tokenizer, prefix, workers=1, loaded=loaded[-1]))
+    join = _cpu_seconds(lambda: concatenate([prefix], f"{prefix}-joined"))
+    return _Point(start, run, join, bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size)
+
+
+def _copy_and_hash(file: Path) -> None:
+    """What `prepare` does when its parts are there."""
+    copy = file.with_suffix(".copy")
+    shutil.copyfile(file, copy)
+    sha256(copy)
+    copy.unlink()
+
+
+@contextlib.contextmanager
+def _silent_stages() -> Iterator[None]:
+    """Each stage runs several times, on files that the user does not know: what it logs would only confuse."""
+    log = logging.getLogger("megatron_steel")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _cpu_seconds(run: Callable[[], Any]) -> float:
-    """Of this process and its children, user and system; the fastest of a few runs."""
+    """Of this process and its children, user and system; the median of a few runs."""
+    return _cpu_seconds_both(run)[0]
 
-    def now() -> float:
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(r.ru_utime + r.ru_stime for r in used)
 
-    taken: list[float] = []
-    while len(taken) < _REPEATS or (sum(taken) < _LONG_ENOUGH and len(taken) < 5 * _REPEATS):
+def _cpu_seconds_both(run: Callable[[], Any]) -> tuple[float, float]:
+    """(of this process and its children, of this process alone), the medians of a few runs."""
+
+    def now() -> tuple[float, float]:
+        mine, its = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        alone = mine.ru_utime + mine.ru_stime
+        return alone + its.ru_utime + its.ru_stime, alone
+
+    taken: list[tuple[float, float]] = []
+    while sum(whole for whole, _ in taken) < _LONG_ENOUGH and len(taken) < _REPEATS:
         before = now()
         run()
-        taken.append(now() - before)
-    return min(taken)
+        after = now()
+        taken.append((after[0] - before[0], after[1] - before[1]))
+    return statistics.median(whole for whole, _ in taken), statistics.median(alone for _, alone in taken)
 
 
 def _stage(name: str, points: Sequence[dict[str, Any]], total: int, cores: int) -> Stage:
     (small, large), (before, after) = [p["bytes"] for p in points], [p["stages"][name] for p in points]
-    chosen = [p["choice"] if name == "tokenize" else (0.0, 0) for p in points]
-    seconds = [max(0.0, stage[0] - choice[0]) for stage, choice in zip((before, after), chosen, strict=True)]
-    rate = max(seconds[1] - seconds[0], 0.0) / (large - small) if large > small else 0.0
+    rate = max(after.run - before.run, 0.0) / (large - small) if large > small else 0.0
     if rate == 0.0:
-        rate = max(seconds[1], 1e-9) / large
-    start = max(0.0, seconds[1] - rate * large) + _choosing(chosen, total / large)
-    work, kept = rate * total, round(after[1] / large * total)
-    hours = (start + work / cores) / 3600
-    return Stage(name, start, work, hours, kept, round(_WHILE_RUNNING[name] * kept))
-
-
-def _choosing(points: Sequence[tuple[float, int]], larger: float) -> float:
-    """Seconds to choose the encoder for inputs so many times as large as those of the second point."""
-    (before, few), (after, many) = points
-    rate = max(0.0, after - before) / (many - few) if many > few else 0.0
-    return after + rate * (max(many, min(FIRST_CHARACTERS, many * larger)) - many)
+        rate = max(after.run, 1e-9) / large
+    start = max(0.0, after.run - rate * large) + after.start
+    join = min(after.join / large, rate) * total
+    work, kept = rate * total - join, round(after.written / large * total)
+    hours = (start + join + work / cores) / 3600
+    return Stage(name, start, join, work, hours, kept, round(_WHILE_RUNNING[name] * kept))
 
 
 def _source(words: Sequence[str]) -> tuple[str, list[str]]:

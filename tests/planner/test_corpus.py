@@ -7,6 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_steel.data.indexed import bin_path, idx_path
+from megatron_steel.data.prepare import prepare
+from megatron_steel.data.tokenize import tokenize
 from megatron_steel.errors import SteelError
 from megatron_steel.planner import corpus
 
@@ -37,23 +40,24 @@ def test_a_sample_is_the_beginning_in_the_same_format(tmp_path):
     assert stands == jsonl.stat().st_size
 
 
-def test_cores_share_the_work_and_not_the_start():
-    points = [{"bytes": b, "stages": {"prepare": (2 + 3e-6 * b, b // 2)}} for b in (10**6, 4 * 10**6)]
+def test_cores_share_the_work_and_not_the_start_nor_the_join():
+    points = [{"bytes": b, "stages": {"prepare": corpus._Point(0.0, 2 + 4e-6 * b, 1e-6 * b, b // 2)}}
+              for b in (10**6, 4 * 10**6)]  # fmt: skip
     one, many = (corpus._stage("prepare", points, 10**9, cores) for cores in (1, 16))
     assert one.start_seconds == many.start_seconds == pytest.approx(2)
+    assert one.join_seconds == many.join_seconds == pytest.approx(1000)
     assert one.core_seconds == many.core_seconds == pytest.approx(3000)
-    assert one.hours * 3600 == pytest.approx(3002)
-    assert many.hours * 3600 == pytest.approx(2 + 3000 / 16)
+    assert one.hours * 3600 == pytest.approx(4002)
+    assert many.hours * 3600 == pytest.approx(1002 + 3000 / 16)
     assert one.bytes == 5 * 10**8
 
 
-def test_choosing_the_encoder_grows_with_a_small_sample_only():
-    """0.5 s and 2 us for each of the first 400,000 characters, beside 1 us a byte of tokenizing."""
-    points = [{"bytes": b, "choice": (0.5 + 2e-6 * min(b, 400_000), min(b, 400_000)),
-               "stages": {"tokenize": (0.5 + 2e-6 * min(b, 400_000) + 1e-6 * b, 4 * b)}}
-              for b in (10**5, 2 * 10**5)]  # fmt: skip
+def test_what_is_timed_by_itself_is_start_and_no_rate():
+    """3 s to load the tokenizer, as the larger sample needs them, beside 1 us a byte of tokenizing."""
+    points = [{"bytes": b, "stages": {"tokenize": corpus._Point(start, 1e-6 * b, 0.0, 4 * b)}}
+              for b, start in ((10**5, 2.5), (4 * 10**5, 3.0))]  # fmt: skip
     found = corpus._stage("tokenize", points, 10**8, 1)
-    assert found.start_seconds == pytest.approx(0.5 + 0.8)
+    assert found.start_seconds == pytest.approx(3.0)
     assert found.core_seconds == pytest.approx(100)
 
 
@@ -78,13 +82,20 @@ def test_the_real_corpora_take_what_was_planned(shared_data, tmp_path):
         size = sum(Path(f).stat().st_size for f in files)
         found = corpus.plan([source, *files], tokenizer, cores=1, sample_bytes=round(0.4 * size))
         for stage in found["stages"]:
-            planned[stage["name"]][0] += stage["start_seconds"] + stage["core_seconds"]
+            planned[stage["name"]][0] += stage["hours"] * 3600
             planned[stage["name"]][1] += stage["bytes"]
-        taken = [(file, Path(file).stat().st_size) for file in files]
-        for name, (seconds, written) in corpus._measured(source, taken, tmp_path, tokenizer, None)["stages"].items():
+        for name, (seconds, written) in _taken(source, files, tokenizer, tmp_path).items():
             real[name][0] += seconds
             real[name][1] += written
     print({name: [p / r - 1 for p, r in zip(planned[name], real[name], strict=True)] for name in planned})
     for name in planned:
         for expected, measured in zip(planned[name], real[name], strict=True):
             assert expected == pytest.approx(measured, rel=WITHIN), name
+
+
+def _taken(source: str, files: list[str], tokenizer: str, folder: Path) -> dict[str, tuple[float, int]]:
+    text, prefix = folder / "text.jsonl", folder / "data"
+    prepared = corpus._cpu_seconds(lambda: prepare(source, files, text, workers=1))
+    tokenized = corpus._cpu_seconds(lambda: tokenize([text], tokenizer, prefix, workers=1))
+    tokens = bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size
+    return {"prepare": (prepared, text.stat().st_size), "tokenize": (tokenized, tokens)}
