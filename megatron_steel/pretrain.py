@@ -91,6 +91,7 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
     from megatron_steel.model.build import require_start
     from megatron_steel.train import engine as engines
     from megatron_steel.train import loop, state
+    from megatron_steel.train.evaluate import is_evaluated
     from megatron_steel.train.monitor import Monitor
 
     folder = Path(recipe.run.dir).expanduser()
@@ -129,8 +130,11 @@ def _train(recipe: Recipe, watch: "Watch", guard: "Guard", device: "torch.device
         )
     dist.log.info("kernels: %s", chosen)
     if checkpoint and checkpoint.step >= steps:
-        dist.log.info("the run is complete: nothing to do")
-        return
+        wanted = bool(plan.validation), plan.prompts is not None
+        if scratch or checkpoint.step > steps or is_evaluated(folder, steps, *wanted):
+            dist.log.info("the run is complete: nothing to do")
+            return
+        dist.log.info("the run is complete but for its last evaluation: that is made now")
 
     if recipe.model.init_from and not checkpoint:
         dist.together(lambda: require_start(recipe.model.init_from or ""))

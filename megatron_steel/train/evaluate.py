@@ -3,6 +3,7 @@
 A stop that is asked for meanwhile ends it early, on all ranks alike. Knows nothing of how a step is made.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_steel import dist
@@ -13,19 +14,18 @@ if TYPE_CHECKING:
     from megatron_steel.train.loop import Job
 
 
-def evaluate(job: "Job", written: frozenset[str] = frozenset()) -> None:
+def evaluate(job: "Job", written: frozenset[str] = frozenset()) -> bool:
     """Text from the prompts, then the validation loss; not what has been `written` for this step before.
 
-    Where a stop is asked for in between, the rest is left out: `fit` makes good for it at the resume.
+    False where a stop was asked for in between and the rest is left out: `fit` makes good for it at the resume.
     """
     if job.prompts and SAMPLES not in written:
         with job.clock.part("samples"):
             texts = job.prompts.write(job.engine, lambda: _goes_on(job))
         if texts is None:
-            return
+            return False
         job.monitor.samples(job.step, job.tokens, job.prompts.texts, texts)
-    if job.validation and METRICS not in written:
-        validate(job)
+    return not job.validation or METRICS in written or validate(job) is not None
 
 
 def validate(job: "Job") -> float | None:
@@ -61,15 +61,21 @@ def validate(job: "Job") -> float | None:
     return total / tokens
 
 
-def written_at(job: "Job") -> frozenset[str]:
-    """What the files hold of the evaluation of the step the run continues from; the same on all ranks."""
+def written_at(folder: Path, step: int) -> frozenset[str]:
+    """Which files of the run hold their part of the evaluation at `step`; the same on all ranks. A collective call."""
 
     def written(file: str, key: str) -> bool:
-        return any(r["step"] == job.step and key in r for r in read_metrics(job.monitor.folder / file))
+        return any(r["step"] == step and key in r for r in read_metrics(folder / file))
 
     found = {file for file, key in ((METRICS, "validation_loss"), (SAMPLES, "prompt"))
              if dist.is_main() and written(file, key)}  # fmt: skip
     return dist.gather(frozenset(found))[0]
+
+
+def is_evaluated(folder: Path, step: int, validates: bool, writes: bool) -> bool:
+    """Whether nothing is missing of the evaluation at `step` of a run with validation data, or with prompts."""
+    wanted = {file for file, needed in ((METRICS, validates), (SAMPLES, writes)) if needed}
+    return wanted <= written_at(folder, step)
 
 
 def _goes_on(job: "Job") -> bool:

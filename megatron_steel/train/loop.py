@@ -124,8 +124,10 @@ def fit(job: Job) -> None:
     train = job.recipe.train
     logged_at, save_due = (job.step, job.tokens), False
     job.clock.take(1)
-    if job.step and job.step % train.eval_every_steps == 0:
-        evaluate(job, written_at(job))
+    if job.step and (job.step % train.eval_every_steps == 0 or job.step == job.steps):
+        whole = evaluate(job, written_at(job.monitor.folder, job.step))
+        if not whole and job.step == job.steps:
+            raise stopped(job)
     with Garbage() as garbage:
         while job.step < job.steps:
             job.step += 1
@@ -143,9 +145,12 @@ def fit(job: Job) -> None:
             if is_logged(job):
                 log_step(job, done, job.step - logged_at[0], job.tokens - logged_at[1])
                 logged_at = job.step, job.tokens
-            evaluated = bool(job.validation or job.prompts) and (job.step % train.eval_every_steps == 0 or last)
+            whole, evaluated = (
+                True,
+                bool(job.validation or job.prompts) and (job.step % train.eval_every_steps == 0 or last),
+            )
             if evaluated:
-                evaluate(job)
+                whole = evaluate(job)
                 stop = job.watch.agreed_stop()  # asked for meanwhile, too
             save_due = save_due or job.step % train.save_every_steps == 0
             saved = False
@@ -154,10 +159,16 @@ def fit(job: Job) -> None:
                 with job.clock.part("save"):
                     saved = job.save(job.step, job.tokens, bool(stop or last))
                 stop = stop or (saved and job.watch.agreed_stop())  # leave without another step
-            if stop and not last:
-                reason = next(r for r in dist.gather(job.watch.stop_wanted()) if r)
-                raise Stopped(f"stopped at step {job.step} of {job.run_steps} on request ({reason})")
+            if stop and not (last and whole):
+                raise stopped(job)
             garbage.after_step(evaluated or saved)
+
+
+def stopped(job: Job) -> Stopped:
+    """What a run ends with that was asked to stop. A collective call."""
+    reason = next(r for r in dist.gather(job.watch.stop_wanted()) if r)
+    rest = "" if job.step < job.run_steps else ", before its last evaluation was over: that is made at the next start"
+    return Stopped(f"stopped at step {job.step} of {job.run_steps} on request ({reason}){rest}")
 
 
 def train_step(job: Job) -> StepResult:

@@ -34,20 +34,30 @@ def test_a_signal_to_ranks(target, number, tiny_recipe, tmp_path):
         assert f"on request ({number.name})" in job.output()
 
 
-def test_in_an_evaluation(tiny_recipe, metrics, tmp_path):
-    """It is left at a batch, and made good for at the resume."""
-    slow = "import time, torch; time.sleep(0 if torch.is_grad_enabled() else 2)"
-    fault = ("megatron_steel.train.loop", "to_device", slow)
-    long = (*ENDLESS[:2], "train.eval_every_steps=2", "train.eval_samples=200", "schedule.name=constant")
+@pytest.mark.parametrize("last", [False, True])
+def test_in_an_evaluation(last, tiny_recipe, metrics, tmp_path):
+    """It is left at a batch, and made good for at the resume; where it is the last one, that is all the resume does."""
+    fault = ("megatron_steel.train.evaluate", "to_device", "import time; time.sleep(2)")
+    long = ("train.steps=2" if last else ENDLESS[0], ENDLESS[1], ENDLESS[3])
+    long = (*long, "train.eval_every_steps=2", "train.eval_samples=200")
     with Job(tiny_recipe, tmp_path / "run", *long, fault=fault) as job:
         job.until_step(2)
         send(job.ranks()[1:])
         assert _stopped_together(job, "SIGTERM in an evaluation") == 75
+        assert ("that is made at the next start" in job.output()) == last
     assert max(metrics(tmp_path / "run")) == 2
     assert "validation_loss" not in metrics(tmp_path / "run")[2]
-    with Job(tiny_recipe, tmp_path / "run", *long, "train.steps=3") as job:
+    again = long if last else (*long, "train.steps=3")
+    with Job(tiny_recipe, tmp_path / "run", *again) as job:
         assert job.end() == 0, job.output()[-4000:]
-    assert "validation_loss" in metrics(tmp_path / "run")[2]
+    found = metrics(tmp_path / "run")
+    assert max(found) == (2 if last else 3)
+    with Job(tiny_recipe, tmp_path / "other", *again) as job:
+        assert job.end() == 0, job.output()[-4000:]
+    assert found[2]["validation_loss"] == metrics(tmp_path / "other")[2]["validation_loss"]
+    with Job(tiny_recipe, tmp_path / "run", *again) as job:
+        assert job.end() == 0, job.output()[-4000:]
+        assert "nothing to do" in job.output()
 
 
 def test_while_one_rank_scans_and_the_other_waits(tiny_recipe, tmp_path):
