@@ -46,6 +46,8 @@ class FlopsPerToken:
     """`hw` with causal attention: half of the attention term."""
     head: float
     """The part of `hw` that the language-model head takes."""
+    attention: float
+    """The part of `hw` that attention takes."""
 
 
 def parameters(config: PretrainedConfig) -> Parameters:
@@ -63,20 +65,35 @@ def flops_per_token(config: PretrainedConfig, sequence_length: int) -> FlopsPerT
         None for a class with weights outside `nn.Linear` (fused experts, convolutions), and for an encoder-decoder, whose
         work on a label depends on the prompt: a guess would make a share of peak that nobody can trust.
     """
-    if is_text_to_text(config):
-        return None
+    attention = None if is_text_to_text(config) else _attention(config, sequence_length)
+    return None if attention is None else _counted(config, sequence_length, attention, attention / 2)
+
+
+def flops_per_full_pair(config: PretrainedConfig, sequence_length: int) -> FlopsPerToken | None:
+    """The same of an encoder-decoder, for a token of a response of `sequence_length` tokens whose prompt is as long.
+
+    Encoder and cross attention see everything: only the decoder's own attention has a causal mask. Shorter prompts are
+    less work.
+    """
+    of_a_layer = 12.0 * config.num_heads * config.d_kv * sequence_length
+    attention = of_a_layer * (config.num_layers + 2 * config.num_decoder_layers)
+    return _counted(config, sequence_length, attention, of_a_layer * config.num_decoder_layers / 2)
+
+
+def _counted(config: PretrainedConfig, sequence_length: int, attention: float, masked: float) -> FlopsPerToken | None:
+    """`attention` without a causal mask, and the part of it that the mask leaves out."""
     model = _on_meta(config)
     weights = _multiplied_weights(model, sequence_length)
-    attention = _attention(config, sequence_length)
-    if weights is None or attention is None:
+    if weights is None:
         return None
     total = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings().weight.numel()
     return FlopsPerToken(
         hw=6 * weights + attention,
         six_n=6 * total + attention,
-        causal=6 * weights + attention / 2,
+        causal=6 * weights + attention - masked,
         head=6 * head,
+        attention=attention,
     )
 
 

@@ -27,6 +27,7 @@ class Model:
     config: "PretrainedConfig"
     work: Work
     precision: str
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)

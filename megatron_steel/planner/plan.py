@@ -90,7 +90,7 @@ def _model(recipe: Recipe) -> fits.Model:
 
     config = build_config(recipe.model)
     work = work_of(config, recipe.data.sequence_length, recipe.train.precision)
-    return fits.Model(config, work, recipe.train.precision)
+    return fits.Model(config, work, recipe.train.precision, recipe.optim.name)
 
 
 def _knows_checkpointing(model: fits.Model) -> bool:
@@ -129,15 +129,15 @@ def _change_of(
 
 
 def _nothing_fits(model: fits.Model, recipe: Recipe, cluster: Cluster, may_checkpoint: bool) -> SteelError:
-    need = settings.evaluate(
-        model, "zero3_offload.json", cluster, may_checkpoint, 1, recipe.train.global_batch_size
-    ).memory
-    what = (f"{model.work.parameters / 1e9:.2f}B parameters do not fit {cluster}: even ZeRO-3 with offload"
+    last = settings.files_for(model.optimizer)[-1]
+    need = settings.evaluate(model, last, cluster, may_checkpoint, 1, recipe.train.global_batch_size).memory
+    stage = {"zero3_offload.json": "ZeRO-3 with offload"}.get(
+        last, f"ZeRO-{last[4]}, the most that {model.optimizer} takes"
+    )
+    what = (f"{model.work.parameters / 1e9:.2f}B parameters do not fit {cluster}: even {stage}"
             f"{', checkpointing' if may_checkpoint else ''} and one sample of {model.work.sequence_length} tokens needs "
             f"{need.device / 1e9:.1f} GB of {fits.USABLE:.0%} x {cluster.gpu.memory_bytes / 1e9:.0f} GB")  # fmt: skip
-    change = settings.smallest_change(
-        model, "zero3_offload.json", cluster, True, 1, recipe.train.global_batch_size, may_checkpoint
-    )
+    change = settings.smallest_change(model, last, cluster, True, 1, recipe.train.global_batch_size, may_checkpoint)
     if change:
         return SteelError(what, "--gpus", f"smallest change that fits: {change.what}")
     room = fits.USABLE * cluster.gpu.memory_bytes - need.states.device - need.head
@@ -236,16 +236,20 @@ def _communication(model: fits.Model, cluster: Cluster, best: Candidate) -> list
 def _claims(name: str, recipe: Recipe, model: fits.Model) -> dict[str, Any] | None:
     """What the recipe's authors say it took, beside this planner's figure for the recipe as it is on their machines."""
     from megatron_steel.planner.hardware import parse_cluster
+    from megatron_steel.recipe import load_recipe
 
     claims = calibrate.read()["claims"].get(name)
     tokens, _ = length(recipe)
     if claims is None or tokens is None:
         return None
+    theirs = load_recipe(name)
+    if (theirs.model, length(theirs)) != (recipe.model, length(recipe)):
+        return None  # another model, or another length: they have not said anything of it
     rows = []
     for row in claims["rows"]:
         cluster = parse_cluster(row["cluster"])
         own = _own(recipe, model, cluster)
-        best = settings.ranked(model, cluster, recipe.train.global_batch_size)[0]
+        best = next(iter(settings.ranked(model, cluster, recipe.train.global_batch_size)), None)
         days = {"as_it_is": own, "best": best}
         rows.append({**row, **{f"planned_days_{key}": c and tokens / c.tokens_per_second / _SECONDS_A_DAY
                                for key, c in days.items()}})  # fmt: skip
@@ -254,6 +258,8 @@ def _claims(name: str, recipe: Recipe, model: fits.Model) -> dict[str, Any] | No
 
 def _notes(cluster: Cluster, best: Candidate, model: fits.Model) -> list[str]:
     """What the figures do not rest on."""
+    from megatron_steel.model.text_to_text import is_text_to_text
+
     notes = [f"{cluster.gpu.name}: {cluster.gpu.note}"] if cluster.gpu.note else []
     if best.micro_batch * model.work.sequence_length < 16384:
         notes.append(
@@ -263,6 +269,12 @@ def _notes(cluster: Cluster, best: Candidate, model: fits.Model) -> list[str]:
         notes.append("more than 64 nodes lie outside the published rows")
     if "offload" in best.file:
         notes.append("offload: PCIe at 32 GB/s and 200 GB/s of host memory are assumed, no published row has it")
+    if model.optimizer != "adamw":
+        notes.append(f"{model.optimizer}: its states are counted as AdamW's, which are more")
+    if is_text_to_text(model.config):
+        notes.append(
+            "pairs: tokens are those of responses, every prompt and response at full length; shorter prompts are faster"
+        )
     if model.precision == "fp32":
         notes.append("fp32: the time is that of bf16, which is too fast")
     return notes

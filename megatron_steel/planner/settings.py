@@ -1,7 +1,7 @@
 """The settings that a recipe could run with on a cluster, the fastest that fit first, and what would fit where none does.
 
 A setting is a file of `ds_configs/`, activation checkpointing and a micro-batch; the recipe's global batch stays. Stage
-0 is left out, as `deepspeed.config: auto` does: it adds gradients up in bf16.
+0 is left out, as `deepspeed.config: auto` does: it adds gradients up in bf16; an optimizer that takes no other stage gets it.
 """
 
 import json
@@ -12,10 +12,11 @@ from typing import Any
 from megatron_steel.planner import fits, speed
 from megatron_steel.planner.hardware import Cluster
 from megatron_steel.train.engine import config_folder
+from megatron_steel.train.optimizer import HIGHEST_STAGE
 
 FILES = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
 _GPUS_OF_A_NODE = 8  # beyond, the next smallest change is another node
-_FEWER_BYTES_FIRST = {"zero1.json": 0, "zero2.json": 1, "zero3.json": 2, "zero3_offload.json": 3}
+_FEWER_BYTES_FIRST = {"zero0.json": 0, "zero1.json": 0, "zero2.json": 1, "zero3.json": 2, "zero3_offload.json": 3}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class Candidate:
     def overrides(self) -> str:
         return (f"deepspeed.config={self.file} train.micro_batch_size={self.micro_batch} "
                 f"train.activation_checkpointing={str(self.checkpointing).lower()}")  # fmt: skip
+
+
+def files_for(optimizer: str) -> tuple[str, ...]:
+    """Of `ds_configs/`, those that `optim.name` trains with, the least sharded first."""
+    if optimizer == "adamw":
+        return FILES
+    return FILES[: HIGHEST_STAGE[optimizer]] or ("zero0.json",)
 
 
 def zero_section(file: str) -> dict[str, Any]:
@@ -72,7 +80,7 @@ def ranked(model: fits.Model, cluster: Cluster, global_batch: int, may_checkpoin
     """
     found = []
     cuts = divisors(global_batch, cluster.ranks)
-    for file in FILES:
+    for file in files_for(model.optimizer):
         for checkpointing in (False, True) if may_checkpoint else (False,):
             zero = zero_section(file)
             largest = fits.largest_micro_batch(model, zero, cluster, checkpointing, global_batch // cluster.ranks)
@@ -135,7 +143,8 @@ def smallest_change(
     """
     tries = [(c, "train.activation_checkpointing=true" if c and not checkpointing else "")
              for c in dict.fromkeys((checkpointing, checkpointing or may_checkpoint))]  # fmt: skip
-    later = FILES[FILES.index(file) :] if file in FILES else FILES
+    files = files_for(model.optimizer)
+    later = files[files.index(file) :] if file in files else files
     for try_file in (file, *(f for f in later if f != file)):
         for try_checkpointing, words in tries:
             change = _try(model, try_file, cluster, try_checkpointing, micro_batch, global_batch)

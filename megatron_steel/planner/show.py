@@ -111,10 +111,10 @@ def _claims(tree: dict[str, Any]) -> str:
         return ""
     lines = [f"what its authors say ({claims['note']})"]
     for row in claims["rows"]:
-        own = row["planned_days_as_it_is"]
+        own, best = row["planned_days_as_it_is"], row["planned_days_best"]
         planned = f"{own:.0f} days as the recipe is" if own else "the recipe as it is cannot be cut"
-        lines.append(f"{row['cluster']:12} {row['days']:>3} days ({row['source']}); planned here: {planned}, "
-                     f"{row['planned_days_best']:.0f} at best")  # fmt: skip
+        planned += f", {best:.0f} at best" if best else ""
+        lines.append(f"{row['cluster']:12} {row['days']:>3} days ({row['source']}); planned here: {planned}")
     return "\n".join(lines)
 
 

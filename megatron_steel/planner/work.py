@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """A model at one sequence length. Operations are for forward and backward, per token."""
+    """A model at one sequence length. Operations are for forward and backward, per token.
+
+    Of an encoder-decoder: per token of a response of that length, whose prompt is as long.
+    """
 
     sequence_length: int
     layers: int
@@ -31,7 +34,7 @@ class Work:
     head: float
     """Matrix products of the language-model head."""
     attention: float
-    """Causal attention."""
+    """Attention; under a causal mask half of it."""
     hw: float
     """All of it in the hw convention (attention without a causal mask), for MFU."""
     six_n: float
@@ -49,10 +52,12 @@ def work_of(config: "PretrainedConfig", sequence_length: int, precision: str = "
     import torch
 
     from megatron_steel.model.build import construct
-    from megatron_steel.model.flops import flops_per_token
+    from megatron_steel.model.flops import flops_per_full_pair, flops_per_token
     from megatron_steel.model.memory import activation_bytes_per_sample
+    from megatron_steel.model.text_to_text import is_text_to_text
 
-    flops = flops_per_token(config, sequence_length)
+    pairs = is_text_to_text(config)
+    flops = (flops_per_full_pair if pairs else flops_per_token)(config, sequence_length)
     if flops is None:
         what = f"the operations of a {config.model_type} model cannot be counted from its classes"
         raise SteelError(what, "model.type", "plan with a dense model of the same size")
@@ -61,16 +66,15 @@ def work_of(config: "PretrainedConfig", sequence_length: int, precision: str = "
     model.tie_weights()
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
     text = config.get_text_config()
-    full = 2 * (flops.hw - flops.causal)
     return Work(
         sequence_length=sequence_length,
-        layers=text.num_hidden_layers,
+        layers=text.num_hidden_layers + (config.num_decoder_layers if pairs else 0),
         vocab_size=text.vocab_size,
         sizes=tuple(p.numel() for p in model.parameters()),
         largest_layer=max(own),
-        gemm=flops.hw - full - flops.head,
+        gemm=flops.hw - flops.attention - flops.head,
         head=flops.head,
-        attention=full / 2,
+        attention=flops.attention - (flops.hw - flops.causal),
         hw=flops.hw,
         six_n=flops.six_n,
         kept_bytes=activation_bytes_per_sample(config, sequence_length, precision) / sequence_length,

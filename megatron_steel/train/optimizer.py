@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 
+HIGHEST_STAGE = {"adamw": 3, "muon": 2, "adafactor": 0}  # of ZeRO, that leaves each optimizer what it needs whole
+
+
 def refuse_sharding(optim: Optim, stage: int, offload: bool) -> None:
     """Raise SteelError where ZeRO would hand the optimizer pieces of what it needs whole, and it would learn silently wrong."""
-    highest = {"adamw": 3, "muon": 2, "adafactor": 0}[optim.name]
+    highest = HIGHEST_STAGE[optim.name]
     if stage <= highest and not (offload and optim.name != "adamw"):
         return
     why = {"muon": "makes whole matrices orthogonal, and this sharding cuts every one of them or takes them off the device",

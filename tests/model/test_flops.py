@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_steel.model.build import build_config, construct
-from megatron_steel.model.flops import flops_per_token, parameters, peak_flops
+from megatron_steel.model.flops import flops_per_full_pair, flops_per_token, parameters, peak_flops
 from megatron_steel.recipe import Model, load_recipe
 
 STEEL_1B = load_recipe("steel-1b").model
@@ -68,6 +68,28 @@ def test_hw_is_what_torch_multiplies(kind):
     expected = flops_per_token(config, 48).hw * ids.numel()
     # Less: the router's softmaxes and rotary products are no matrix products; nothing larger may be missing.
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.002)
+
+
+def test_a_full_pair_is_counted_as_torch_counts_it():
+    sizes = {
+        "vocab_size": 128,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+    }
+    config = build_config(Model("t5", sizes | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}))
+    config._attn_implementation = "eager"
+    model = construct(config, torch.float32).train()
+    prompt, response = (torch.randint(0, 128, (2, 40)) for _ in range(2))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=prompt, labels=response, use_cache=False).logits.sum().backward()
+    flops = flops_per_full_pair(config, 40)
+    assert counter.get_total_flops() == pytest.approx(flops.hw * response.numel(), rel=0.002)
+    assert flops.attention == 12 * 4 * 8 * 40 * (2 + 2 * 3)
+    assert flops.hw - flops.causal == 12 * 4 * 8 * 40 * 3 / 2
 
 
 def test_no_guess_for_sparse_mixtures():

@@ -117,6 +117,35 @@ def test_an_impossible_fit_names_what_would_fit(capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "overrides", "files"),
+    [
+        ("chatlm-mini-0.2b", [], {"zero0.json"}),  # Adafactor; an encoder-decoder
+        ("zh-0.2b", ["optim.name=muon"], {"zero1.json", "zero2.json"}),
+        ("zh-0.2b", [], set(settings.FILES)),
+    ],
+)
+def test_only_what_the_optimizer_can_train_with_is_offered(name, overrides, files):
+    found = planning.plan(load_recipe(name, overrides), name, parse_cluster("8xA100-80G"))
+    assert {setting["file"] for setting in found["settings"]} == files
+    text = as_text(found)
+    assert ("pairs: tokens are those of responses" in text) == (name == "chatlm-mini-0.2b")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "claimed"),
+    [
+        (["train.micro_batch_size=4"], True),
+        (["train.global_batch_size=1", "train.micro_batch_size=1"], False),  # other tokens; 8 GPUs cannot share it
+        (["model.config.num_hidden_layers=2"], False),
+        (["train.steps=1000"], False),
+    ],
+)
+def test_authors_are_quoted_for_their_own_run_only(overrides, claimed):
+    found = planning.plan(load_recipe("steel-1b", overrides), "steel-1b", parse_cluster("1xH100"))
+    assert ("60 days (Steel-LLM README)" in as_text(found)) == claimed
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["steel-1b", "--gpus", "7xA100"], "cannot be shared evenly by 7 GPUs"),
