@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_steel import device as device_facts
 from megatron_steel import dist, jobs, nodes_agree, preflight, rehearsal, run_folder, stages
-from megatron_steel.errors import SteelError, Stopped
+from megatron_steel.errors import EXIT_DONE, SteelError, Stopped
 from megatron_steel.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -31,19 +31,41 @@ if TYPE_CHECKING:
     from megatron_steel.train.watch import Watch
 
 
+_USAGE = """usage: deepspeed [--num_gpus N] --module megatron_steel.pretrain RECIPE [key.path=value ...] [--dry-run]
+
+Train a recipe (a shipped name or a YAML file) on every GPU, from where its run folder stands.
+
+  --dry-run   build and audit everything, time two steps, say what the rest takes, leave nothing
+
+`megatron-steel launch RECIPE` does the same and starts again after a crash; `megatron-steel recipes` lists the names."""
+
+
 def main(argv: list[str]) -> int:
     """The launcher's entry: drops its `--local_rank=N`, keeps `--dry-run` and the supervisor's folder. Returns the exit code."""
     from megatron_steel.train.report import OPTION, Report
 
     dist.set_up_logging()
     arguments = [a for a in argv if not a.startswith("--local_rank=")]
+    if {"-h", "--help"} & set(arguments):
+        if dist.is_main():
+            print(_USAGE)
+        return EXIT_DONE
     folders = [a.removeprefix(OPTION) for a in arguments if a.startswith(OPTION)]
     report = Report(Path(folders[0]) if folders else None)
     dry_run = "--dry-run" in arguments
-    name, *overrides = [a for a in arguments if a != "--dry-run" and not a.startswith(OPTION)] or [""]
-    code = dist.exit_code(lambda: run(name, overrides, dry_run, report))
+    words = [a for a in arguments if a != "--dry-run" and not a.startswith(OPTION)]
+    code = dist.exit_code(lambda: run(*_recipe_of(words), dry_run, report))
     report.end(code)
     return code
+
+
+def _recipe_of(words: list[str]) -> tuple[str, list[str]]:
+    """(recipe, overrides). Raises SteelError on options that there are not, and without a recipe."""
+    unknown = [word for word in words if word.startswith("-")]
+    if unknown or not words:
+        what = f"there is no option {unknown[0]}" if unknown else "no recipe is named"
+        raise SteelError(what, "command line", _USAGE.splitlines()[0].removeprefix("usage: "))
+    return words[0], words[1:]
 
 
 def run(name: str, overrides: list[str], dry_run: bool = False, report: "Report | None" = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_steel import cli
+from megatron_steel import cli, pretrain
 from megatron_steel.data.manifest import trust
 from megatron_steel.recipe import load_recipe, recipe_names
 
@@ -94,6 +94,14 @@ def test_an_unknown_option_is_refused(capsys):
         cli.main(["verify", "x", "--fast"])
     assert left.value.code == 78
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
+
+
+def test_what_the_launcher_starts_has_help_and_refuses_options(capsys, caplog):
+    assert pretrain.main(["--local_rank=0", "--help"]) == 0
+    assert "RECIPE [key.path=value ...] [--dry-run]" in capsys.readouterr().out
+    for words, said in ((["tiny", "--dryrun"], "there is no option --dryrun"), ([], "no recipe is named")):
+        assert pretrain.main(["--local_rank=0", *words]) == 78
+        assert said in capsys.readouterr().err + caplog.text
 
 
 def test_verify_and_inspect_name_what_is_wrong(capsys, tiny_data, tmp_path):
