@@ -85,10 +85,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
         _require_kind(recipe, train + validation, is_text_to_text(config))
         length = recipe.data.sequence_length
         flops = flops_per_token(config, length)
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and positions < length:
-            what = f"sequences of {length} tokens do not fit a model of {positions} positions"
-            raise SteelError(what, "data.sequence_length", "set model.config.max_position_embeddings, or a shorter one")
+        require_positions(config, length)
         for members in filter(None, (train, validation)):  # raises where the order of data cannot be planned
             plan_segments(None, members, sample_length(recipe, members), 1, 1, recipe.run.seed)
         if {m.digest for m in train} & {m.digest for m in validation}:
@@ -109,6 +106,14 @@ def plan_run(recipe: Recipe) -> RunPlan:
     plan = first or rest
     assert plan is not None
     return plan
+
+
+def require_positions(config: "PretrainedConfig", sequence_length: int) -> None:
+    """Raise SteelError for sequences that are longer than the model has positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < sequence_length:
+        what = f"sequences of {sequence_length} tokens do not fit a model of {positions} positions"
+        raise SteelError(what, "data.sequence_length", "set model.config.max_position_embeddings, or a shorter one")
 
 
 def sample_length(recipe: Recipe, members: "list[Member]") -> int:

@@ -107,7 +107,7 @@ def construct(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         if own is not None:
             return own.model._from_config(config, dtype=dtype)
         return auto.from_config(config, dtype=dtype, trust_remote_code=foreign)
-    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AssertionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AssertionError, RuntimeError) as error:
         named = [name for name in config.to_dict() if name in str(error)]
         where = f"model.config.{max(named, key=len)}" if named else "model.config"
         what = f"{type(config).__name__}'s model cannot be built from these values: {type(error).__name__}: {error}"

@@ -25,10 +25,10 @@ def disk(recipe: Recipe, parameters: int, vocab_size: int, stage: int, steps: in
     """Sizes that follow from a recipe; document indexes (20 bytes a document) are not in them."""
     one = parameters * (_STATE_BYTES + (_WEIGHT_BYTES if stage < 3 else 0))
     for_good = steps // recipe.train.keep_every_steps if steps and recipe.train.keep_every_steps else 0
-    kept = max(2, recipe.train.keep_last) + for_good
+    at_once = max(2, recipe.train.keep_last) + for_good + 1
     if steps:
-        kept = min(kept, -(-steps // recipe.train.save_every_steps))
-    return Disk(one, (kept + 1) * one, 2 * parameters, None if tokens is None else tokens * token_bytes(vocab_size))
+        at_once = min(at_once, -(-steps // recipe.train.save_every_steps))
+    return Disk(one, at_once * one, 2 * parameters, None if tokens is None else tokens * token_bytes(vocab_size))
 
 
 def token_bytes(vocab_size: int) -> int:

@@ -27,6 +27,8 @@ class Gpu:
     peak: float
     """Dense bf16 FLOP/s with fp32 accumulation."""
     note: str = ""
+    fp16_peak: float | None = None
+    """Where it is another than `peak`."""
 
 
 class _Row(NamedTuple):
@@ -53,9 +55,10 @@ GPUS = {
     "RTX-4090": _Row("RTX 4090", "ada", 24, 1008, 32, "PCIe 4 x16", _NO_ROWS),
     "RTX-3090": _Row("RTX 3090", "ampere-consumer", 24, 936, 32, "PCIe 4 x16", _NO_ROWS),
     "V100": _Row("V100", "volta", 32, 900, 150, "NVLink 2",
-                 "has no bf16 tensor cores: planned at its fp32 peak, and fp16 is not offered"),
+                 "has no bf16 tensor cores: planned at its fp32 peak; train.precision=fp16 is planned at its fp16 peak"),
 }  # fmt: skip
-_V100_FP32 = 15.7e12
+_V100_FP32, _V100_FP16 = 15.7e12, 125e12  # of the SXM2 card: fp32 cores, tensor cores
+_MOST_GPUS = 65_536
 _ALIASES = {"A100": "A100-80G", "A100-40GB": "A100-40G", "A100-80GB": "A100-80G", "H100-80G": "H100", "H200-141G": "H200",
             "A800-80G": "A800", "H800-80G": "H800", "4090": "RTX-4090", "3090": "RTX-3090", "V100-32G": "V100"}  # fmt: skip
 
@@ -103,6 +106,10 @@ def parse_cluster(
         raise SteelError(f"{gpus!r} is no number of GPUs", "--gpus", "write 8xA100-80G, or 4x8xA100-80G for four nodes")
     first, second, name = match.groups()
     nodes, per_node = (int(first), int(second)) if second else (1, int(first or 1))
+    if nodes * per_node > _MOST_GPUS:
+        raise SteelError(
+            f"{nodes * per_node:,} GPUs are more than anybody has joined", "--gpus", f"give at most {_MOST_GPUS:,}"
+        )
     for value, option in ((peak_tflops, "--peak-tflops"), (memory_gb, "--memory-gb")):
         if value is not None and not 0 < value < float("inf"):
             raise SteelError(f"{value} is not above 0 and finite", option, "give the data sheet's figure")
@@ -140,9 +147,12 @@ def _gpu(name: str, peak_tflops: float | None, memory_gb: float | None) -> Gpu:
         return Gpu(name, "other", memory_gb * 1e9, peak_tflops * 1e12 * 2039e9 / 312e12, 32e9, "PCIe 4 x16 (assumed)",
                    peak_tflops * 1e12, note)  # fmt: skip
     row = GPUS[known]
-    peak = peak_tflops * 1e12 if peak_tflops else peak_flops(row.device) or _V100_FP32
+    known_peak = peak_tflops * 1e12 if peak_tflops else peak_flops(row.device)
+    peak, fp16 = (known_peak, None) if known_peak else (_V100_FP32, _V100_FP16)
     memory = (memory_gb or row.memory_gb) * 1e9
-    return Gpu(known, row.generation, memory, row.bandwidth_gb * 1e9, row.link_gb * 1e9, row.link_kind, peak, row.note)
+    return Gpu(
+        known, row.generation, memory, row.bandwidth_gb * 1e9, row.link_gb * 1e9, row.link_kind, peak, row.note, fp16
+    )
 
 
 def _known(name: str) -> str | None:

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_steel.errors import SteelError
-from megatron_steel.planner import calibrate, fits, settings, traffic
+from megatron_steel.planner import asked, calibrate, fits, settings, traffic
 from megatron_steel.planner.disk import disk
 from megatron_steel.planner.hardware import Cluster
 from megatron_steel.planner.settings import Candidate
-from megatron_steel.planner.work import work_of
 from megatron_steel.recipe import Recipe
 from megatron_steel.stages import Part, parts_of
 
@@ -30,28 +29,25 @@ def plan(recipe: Recipe, name: str, cluster: Cluster, price: float | None = None
         SteelError: a model that cannot be counted, a global batch that the ranks cannot share, or nothing fits (the
             smallest change that would is named).
     """
-    model = _model(recipe)
+    cluster = asked.for_precision(cluster, recipe.train.precision)
+    model = asked.model_of(recipe)
     batch = recipe.train.global_batch_size
-    if batch % cluster.ranks:
-        fit = max((r for r in range(1, cluster.ranks) if batch % r == 0), default=1)
-        what = f"a global batch of {batch} samples cannot be shared evenly by {cluster.ranks} GPUs"
-        near = round(batch / cluster.ranks) or 1
-        raise SteelError(what, "train.global_batch_size",
-                         f"set train.global_batch_size={near * cluster.ranks}, or use {fit} GPUs")  # fmt: skip
+    asked.require_even(recipe, cluster)
     may_checkpoint = _knows_checkpointing(model)
     found = settings.ranked(model, cluster, batch, may_checkpoint)
     if not found:
         raise _nothing_fits(model, recipe, cluster, may_checkpoint)
-    tokens, steps = length(recipe)
-    own = _own(recipe, model, cluster)
+    tokens, steps = asked.length(recipe)
+    own = asked.own_setting(recipe, model, cluster)
     best = found[0]
     parts = parts_of(recipe)
-    models = {part.recipe.data.sequence_length: _model(part.recipe) for part in parts if part.number}
+    models = {part.recipe.data.sequence_length: asked.model_of(part.recipe) for part in parts if part.number}
     stage = int(settings.zero_section(best.file)["stage"])
     return {
         "recipe": name,
         "cluster": {"gpus": str(cluster), "ranks": cluster.ranks, "nodes": cluster.nodes,
-                    "node_link": cluster.node_link if cluster.nodes > 1 else None, **asdict(cluster.gpu)},
+                    "node_link": cluster.node_link if cluster.nodes > 1 else None, "precision": recipe.train.precision,
+                    **asdict(cluster.gpu)},
         "model": {"parameters": model.work.parameters, "gflops_per_token_hw": model.work.hw / 1e9,
                   "gflops_per_token_six_n": model.work.six_n / 1e9, "head_share": model.work.head / model.work.hw,
                   "sequence_length": model.work.sequence_length},
@@ -67,30 +63,8 @@ def plan(recipe: Recipe, name: str, cluster: Cluster, price: float | None = None
         "disk": asdict(disk(recipe, model.work.parameters, model.work.vocab_size, stage, steps, tokens)),
         "claims": _claims(name, recipe, model),
         "stages": [_stage(part, models, best, cluster) for part in parts if part.number],
-        "notes": _notes(cluster, best, model),
+        "notes": _notes(recipe, cluster, found, model),
     }  # fmt: skip
-
-
-def length(recipe: Recipe) -> tuple[int | None, int | None]:
-    """(tokens, steps) of the whole run; (None, None) where only the data can tell (train.epochs)."""
-    if recipe.stages:
-        parts = parts_of(recipe)
-        return sum(part.tokens for part in parts), sum(part.steps for part in parts)
-    per_step = recipe.train.global_batch_size * recipe.data.sequence_length
-    if recipe.train.steps is not None:
-        return recipe.train.steps * per_step, recipe.train.steps
-    if recipe.train.tokens is not None:
-        steps = -(-recipe.train.tokens // per_step)
-        return steps * per_step, steps
-    return None, None
-
-
-def _model(recipe: Recipe) -> fits.Model:
-    from megatron_steel.model.build import build_config
-
-    config = build_config(recipe.model)
-    work = work_of(config, recipe.data.sequence_length, recipe.train.precision)
-    return fits.Model(config, work, recipe.train.precision, recipe.optim.name)
 
 
 def _knows_checkpointing(model: fits.Model) -> bool:
@@ -100,20 +74,6 @@ def _knows_checkpointing(model: fits.Model) -> bool:
 
     with torch.device("meta"):
         return bool(construct(model.config, torch.float32).supports_gradient_checkpointing)
-
-
-def _own_file(recipe: Recipe) -> str | None:
-    name = recipe.deepspeed.config.rpartition("/")[2]
-    return name if name in (*settings.FILES, "zero0.json") else None
-
-
-def _own(recipe: Recipe, model: fits.Model, cluster: Cluster) -> Candidate | None:
-    """The recipe with its own micro-batch and file; None where the file is `auto` or not shipped, or it cannot be cut."""
-    file, micro = _own_file(recipe), recipe.train.micro_batch_size
-    if file is None or recipe.train.global_batch_size % (micro * cluster.ranks):
-        return None
-    checkpointing = recipe.train.activation_checkpointing
-    return settings.evaluate(model, file, cluster, checkpointing, micro, recipe.train.global_batch_size)
 
 
 def _change_of(
@@ -239,35 +199,42 @@ def _claims(name: str, recipe: Recipe, model: fits.Model) -> dict[str, Any] | No
     from megatron_steel.recipe import load_recipe
 
     claims = calibrate.read()["claims"].get(name)
-    tokens, _ = length(recipe)
+    tokens, _ = asked.length(recipe)
     if claims is None or tokens is None:
         return None
     theirs = load_recipe(name)
-    if (theirs.model, length(theirs)) != (recipe.model, length(recipe)):
+    if (theirs.model, asked.length(theirs)) != (recipe.model, asked.length(recipe)):
         return None  # another model, or another length: they have not said anything of it
     rows = []
     for row in claims["rows"]:
         cluster = parse_cluster(row["cluster"])
-        own = _own(recipe, model, cluster)
+        own = asked.own_setting(recipe, model, cluster)
         best = next(iter(settings.ranked(model, cluster, recipe.train.global_batch_size)), None)
-        days = {"as_it_is": own, "best": best}
+        days = {"as_it_is": own if own and fits.fits(own.memory, cluster) else None, "best": best}
         rows.append({**row, **{f"planned_days_{key}": c and tokens / c.tokens_per_second / _SECONDS_A_DAY
                                for key, c in days.items()}})  # fmt: skip
     return {"note": claims["note"], "rows": rows}
 
 
-def _notes(cluster: Cluster, best: Candidate, model: fits.Model) -> list[str]:
+def _notes(recipe: Recipe, cluster: Cluster, found: list[Candidate], model: fits.Model) -> list[str]:
     """What the figures do not rest on."""
     from megatron_steel.model.text_to_text import is_text_to_text
 
+    best, not_as_it_is = found[0], asked.why_not_as_it_is(recipe, cluster)
     notes = [f"{cluster.gpu.name}: {cluster.gpu.note}"] if cluster.gpu.note else []
+    if not_as_it_is:
+        notes.append(not_as_it_is)
+    if recipe.train.batch_ramp:
+        notes.append(
+            "the smaller batches of train.batch_ramp are planned at the speed of the last one, which is too fast"
+        )
     if best.micro_batch * model.work.sequence_length < 16384:
         notes.append(
             "micro-batches below 16,384 tokens lie outside the published rows: host and launch time is not in it"
         )
     if cluster.nodes > 64:
         notes.append("more than 64 nodes lie outside the published rows")
-    if "offload" in best.file:
+    if any("offload" in c.file for c in found):
         notes.append("offload: PCIe at 32 GB/s and 200 GB/s of host memory are assumed, no published row has it")
     if model.optimizer != "adamw":
         notes.append(f"{model.optimizer}: its states are counted as AdamW's, which are more")

@@ -5,13 +5,14 @@ A setting is a file of `ds_configs/`, activation checkpointing and a micro-batch
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_steel.planner import fits, speed
 from megatron_steel.planner.hardware import Cluster
-from megatron_steel.train.engine import config_folder
+from megatron_steel.train.engine import config_path
 from megatron_steel.train.optimizer import HIGHEST_STAGE
 
 FILES = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
@@ -48,10 +49,9 @@ def files_for(optimizer: str) -> tuple[str, ...]:
 
 
 def zero_section(file: str) -> dict[str, Any]:
-    """The sharding of a shipped DeepSpeed file."""
-    tree = json.loads((config_folder() / file).read_text(encoding="utf-8"))
-    section: dict[str, Any] = tree["zero_optimization"]
-    return section
+    """The sharding of a DeepSpeed file, by path or shipped name."""
+    tree = json.loads(config_path(file).read_text(encoding="utf-8"))
+    return {"stage": 0, **tree.get("zero_optimization", {})}
 
 
 def evaluate(
@@ -104,23 +104,39 @@ def divisors(global_batch: int, ranks: int) -> list[int]:
     if global_batch % ranks:
         return []
     share = global_batch // ranks
-    return [m for m in range(1, share + 1) if share % m == 0]
+    small = [m for m in range(1, math.isqrt(share) + 1) if share % m == 0]
+    return sorted({*small, *(share // m for m in small)})
 
 
 def why(candidate: Candidate, others: list[Candidate], cluster: Cluster) -> str:
     """One sentence: what makes it the best."""
     reasons = [f"{candidate.micro_batch} samples a pass fit" + (" with" if candidate.checkpointing else " without")
                + " recomputing activations"]  # fmt: skip
-    if candidate.time.exposed < 0.01 * candidate.time.total:
-        reasons.append("communication hides" if cluster.ranks > 1 else "there is nothing to communicate")
+    if cluster.ranks == 1:
+        reasons.append("there is nothing to communicate")
+    elif candidate.time.exposed < 0.01 * candidate.time.total:
+        reasons.append("communication hides")
     else:
         reasons.append(f"communication in the open is {candidate.time.exposed / candidate.time.total:.0%} of the step")
-    slower = [c for c in others if c is not candidate]
-    if slower:
-        ratio = candidate.tokens_per_second / slower[0].tokens_per_second - 1
-        reasons.append(f"the next ({slower[0].file}{', checkpointing' if slower[0].checkpointing else ''}) is "
-                       + (f"{ratio:.1%} slower" if ratio > 0.001 else "as fast, and shards more"))  # fmt: skip
+    rest = [c for c in others if c is not candidate]
+    offloaded = "offload" in candidate.file
+    if like := [c for c in rest if ("offload" in c.file) == offloaded]:
+        reasons.append(_beside(candidate, like[0], cluster))
+    faster = max((c for c in rest if "offload" in c.file), key=lambda c: c.tokens_per_second, default=None)
+    more = faster.tokens_per_second / candidate.tokens_per_second - 1 if faster and not offloaded else 0.0
+    if more > 0.05:
+        reasons.append(
+            f"offload may be {more:.0%} faster, but its speed is assumed: compare both by a dry run (pretrain --dry-run)"
+        )
     return "; ".join(reasons)
+
+
+def _beside(best: Candidate, other: Candidate, cluster: Cluster) -> str:
+    slower = 1 - other.tokens_per_second / best.tokens_per_second
+    name = f"the next ({other.file}{', checkpointing' if other.checkpointing else ''}) is"
+    if slower > 0.001:
+        return f"{name} {slower:.1%} slower"
+    return f"{name} as fast" + (", and shards more" if cluster.ranks > 1 else "")
 
 
 @dataclass(frozen=True)

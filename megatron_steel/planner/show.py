@@ -23,12 +23,12 @@ _CURVE = ("time is a model fitted on published speeds (megatron-steel plan --che
 
 def _head(tree: dict[str, Any]) -> str:
     model, run, cluster = tree["model"], tree["run"], tree["cluster"]
-    lines = [f"{tree['recipe']} on {cluster['gpus']} ({cluster['peak'] / 1e12:.0f} TFLOP/s bf16, "
+    lines = [f"{tree['recipe']} on {cluster['gpus']} ({cluster['peak'] / 1e12:.0f} TFLOP/s {'fp16' if cluster['precision'] == 'fp16' else 'bf16'}, "
              f"{cluster['memory_bytes'] / 1e9:.0f} GB, {cluster['bandwidth'] / 1e9:,.0f} GB/s, {cluster['link_kind']} "
              f"{cluster['link'] / 1e9:.0f} GB/s one way)",
              f"model      {model['parameters']:,} parameters; {model['gflops_per_token_hw']:.2f} GFLOP a token (6N: "
              f"{model['gflops_per_token_six_n']:.2f}), {model['head_share']:.0%} of it in the head"]  # fmt: skip
-    length = (f"{run['tokens'] / 1e9:,.1f}B tokens in {run['steps']:,} steps" if run["tokens"]
+    length = (f"{_count(run['tokens'])} tokens in {run['steps']:,} steps" if run["tokens"]
               else "length unknown without the data (train.epochs): set train.tokens")  # fmt: skip
     lines.append(f"run        {length}, {run['global_batch_size']} samples of {model['sequence_length']} tokens a step")
     return "\n".join(lines)
@@ -68,18 +68,18 @@ def _stages(tree: dict[str, Any]) -> str:
     lines = ["stages with the best setting"] if tree["stages"] else []
     for s in tree["stages"]:
         told = (
-            f"{s['days']:,.1f} days, {s['micro_batch']} samples a pass, {_gb(s['memory'])} GB"
+            f"{_short(s['days'])} days, {s['micro_batch']} samples a pass, {_gb(s['memory'])} GB"
             if s["fits"]
             else "does not fit"
         )
-        lines.append(f"{s['name']:20} {s['tokens'] / 1e9:,.1f}B tokens in {s['steps']:,} steps of {s['global_batch_size']} x "
+        lines.append(f"{s['name']:20} {_count(s['tokens'])} tokens in {s['steps']:,} steps of {s['global_batch_size']} x "
                      f"{s['sequence_length']}: {told}")  # fmt: skip
     return "\n".join(lines)
 
 
 def _line(name: str, s: dict[str, Any]) -> str:
-    days = f"{s['days']:,.1f}" if s["days"] is not None else "-"
-    hours = f"{s['gpu_hours']:,.0f}" if s["gpu_hours"] is not None else "-"
+    days = _short(s["days"]) if s["days"] is not None else "-"
+    hours = _short(s["gpu_hours"]) if s["gpu_hours"] is not None else "-"
     cost = f"  costs {s['cost']:,.0f}" if s["cost"] is not None else ""
     return (f"{name:20} {'yes' if s['checkpointing'] else 'no':>7} {s['micro_batch']:>6} "
             f"{s['largest_micro_batch']:>6} {_gb(s['memory']):>6} {s['tokens_per_second_per_gpu']:>9,.0f} "
@@ -116,6 +116,14 @@ def _claims(tree: dict[str, Any]) -> str:
         planned += f", {best:.0f} at best" if best else ""
         lines.append(f"{row['cluster']:12} {row['days']:>3} days ({row['source']}); planned here: {planned}")
     return "\n".join(lines)
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens / 1e9:,.1f}B" if tokens >= 1e9 else f"{tokens / 1e6:,.1f}M" if tokens >= 1e6 else f"{tokens:,}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def _gb(value: float | None) -> str:

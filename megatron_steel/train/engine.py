@@ -64,9 +64,7 @@ def read_config(name_or_path: str) -> dict[str, Any]:
 
     Raises SteelError: no such file, not JSON, a key that the recipe owns, or a value of "auto".
     """
-    path = Path(name_or_path)
-    if not path.is_file() and str(path.parent) in (".", "ds_configs"):
-        path = config_folder() / path.name
+    path = config_path(name_or_path)
     if not path.is_file():
         raise SteelError(f"there is no DeepSpeed file {name_or_path!r}", "deepspeed.config",
                          f"use a path, auto, or one of: {', '.join(shipped_configs())}")  # fmt: skip
@@ -239,6 +237,13 @@ def quiet_deepspeed(device: "torch.device") -> Any:
         # The table is internal to DeepSpeed, hence the pin in pyproject.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def config_path(name_or_path: str) -> Path:
+    """Of a DeepSpeed file, by path or shipped name; it may not be there."""
+    path = Path(name_or_path)
+    shipped = not path.is_file() and str(path.parent) in (".", "ds_configs")
+    return config_folder() / path.name if shipped else path
 
 
 def config_folder() -> Path:

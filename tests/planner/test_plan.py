@@ -6,12 +6,12 @@ import pytest
 
 from megatron_steel import cli
 from megatron_steel.errors import SteelError
-from megatron_steel.planner import fits, settings
+from megatron_steel.planner import asked, fits, settings
 from megatron_steel.planner import plan as planning
 from megatron_steel.planner.hardware import parse_cluster
 from megatron_steel.planner.show import as_text
 from megatron_steel.recipe import load_recipe
-from megatron_steel.train.engine import smallest_stage_that_fits
+from megatron_steel.train.engine import config_folder, smallest_stage_that_fits
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def steel():
 
 @pytest.fixture(scope="module")
 def model():
-    return planning._model(load_recipe("tinyllama-1.1b"))
+    return asked.model_of(load_recipe("tinyllama-1.1b"))
 
 
 def test_steel_beside_its_authors(steel):
@@ -131,6 +131,66 @@ def test_only_what_the_optimizer_can_train_with_is_offered(name, overrides, file
     assert ("pairs: tokens are those of responses" in text) == (name == "chatlm-mini-0.2b")
 
 
+def test_why_gives_the_share_by_which_the_next_is_slower():
+    found = planning.plan(load_recipe("zh-1b"), "zh-1b", parse_cluster("4x8xH100", "100Gb/s"))
+    best, following = found["settings"][:2]
+    slower = 1 - following["tokens_per_second"] / best["tokens_per_second"]
+    assert slower > 0.001
+    assert f"is {slower:.1%} slower" in found["why"]
+
+
+def test_offload_that_would_be_faster_is_named_and_not_called_slower():
+    found = planning.plan(load_recipe("tinyllama-1.1b"), "tinyllama-1.1b", parse_cluster("1xRTX-4090"))
+    best = found["settings"][0]
+    offload = max(s["tokens_per_second"] for s in found["settings"] if "offload" in s["file"])
+    assert "offload" not in best["file"]
+    assert f"offload may be {offload / best['tokens_per_second'] - 1:.0%} faster" in found["why"]
+    assert "as fast" not in found["why"]
+    assert any(note.startswith("offload: ") for note in found["notes"])
+
+
+def test_a_batch_ramp_takes_more_steps():
+    """90,000 steps of 64 samples, then as many of 512 as the rest needs."""
+    ramp = ["train.batch_ramp=[{global_batch_size: 64, until_steps: 90000}]"]
+    found = planning.plan(load_recipe("zh-1b", ramp), "zh-1b", parse_cluster("8xA100-80G"))
+    recipe = load_recipe("zh-1b")
+    rest = recipe.train.tokens - 90_000 * 64 * 2048
+    assert found["run"]["steps"] == 90_000 + -(-rest // (512 * 2048))
+    assert any("train.batch_ramp" in note for note in found["notes"])
+
+
+def test_fp16_is_planned_at_its_own_peak_where_it_has_one():
+    for gpus, peak in (("8xV100", 125e12), ("8xA100-80G", 312e12)):
+        found = planning.plan(load_recipe("zh-0.2b", ["train.precision=fp16"]), "zh-0.2b", parse_cluster(gpus))
+        assert found["cluster"]["peak"] == peak
+    assert planning.plan(load_recipe("zh-0.2b"), "zh-0.2b", parse_cluster("8xV100"))["cluster"]["peak"] == 15.7e12
+
+
+def test_a_file_of_the_users_own_is_planned_as_it_is(tmp_path):
+    tree = json.loads((config_folder() / "zero3.json").read_text())
+    tree["zero_optimization"]["stage3_max_live_parameters"] = 10**8
+    own = tmp_path / "zero3.json"
+    own.write_text(json.dumps(tree))
+    cut = ["train.micro_batch_size=8", "deepspeed.config="]
+    plans = [planning.plan(load_recipe("zh-1b", [cut[0], cut[1] + file]), "zh-1b", parse_cluster("8xA100-80G"))
+             for file in ("zero3.json", str(own))]  # fmt: skip
+    shipped, changed = (p["recipe_as_it_is"]["memory"] for p in plans)
+    assert changed != shipped
+
+
+def test_a_recipe_that_cannot_be_cut_here_is_told_so():
+    found = planning.plan(load_recipe("zh-1b", ["train.micro_batch_size=3"]), "zh-1b", parse_cluster("8xA100-80G"))
+    assert found["recipe_as_it_is"] is None
+    assert "3 samples a pass on 8 GPUs do not cut a batch of 512" in as_text(found)
+
+
+def test_a_run_of_one_save_has_one_checkpoint_on_disk():
+    one, many = (planning.plan(load_recipe("zh-1b", [f"train.steps={steps}", "train.tokens=null"]), "zh-1b",
+                               parse_cluster("8xA100-80G"))["disk"] for steps in (1, 10**6))  # fmt: skip
+    assert one["checkpoints"] == one["checkpoint"]
+    assert many["checkpoints"] == (max(2, load_recipe("zh-1b").train.keep_last) + 1) * many["checkpoint"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "claimed"),
     [
@@ -150,6 +210,15 @@ def test_authors_are_quoted_for_their_own_run_only(overrides, claimed):
     [
         (["steel-1b", "--gpus", "7xA100"], "cannot be shared evenly by 7 GPUs"),
         (["steel-1b", "--gpus", "8xA1000"], "no GPU 'A1000'"),
+        (["steel-1b", "--gpus", "999999999999xA100"], "at most 65,536"),
+        (["zh-1b", "--gpus", "8xA100", "data.sequence_length=4096"], "do not fit a model of 2048 positions"),
+        (["zh-1b", "--gpus", "8xA100", "deepspeed.config=zero4.json"], "there is no DeepSpeed file 'zero4.json'"),
+        (["zh-1b", "--gpus", "8xA100", "deepspeed.config=/none/zero3.json"], "there is no DeepSpeed file"),
+        (
+            ["zh-1b", "--gpus", "8xA100", "train.batch_ramp=[{global_batch_size: 60, until_steps: 9}]"],
+            "batch of 60 samples",
+        ),
+        (["zh-1b", "--gpus", "8xA100", "model.config.vocab_size=-5"], "cannot be built"),
         (["steel-1b"], "not complete"),
         ([], "not complete"),
         (["steel-1b", "--gpus", "8xA100", "--check"], "one plan at a time"),
@@ -177,7 +246,7 @@ def test_the_command_needs_no_data_and_writes_json(tmp_path, capsys):
 
 def test_epochs_have_no_length_without_data():
     recipe = load_recipe("tiny", ["train.epochs=2"])
-    assert planning.length(recipe) == (None, None)
+    assert asked.length(recipe) == (None, None)
     tree = planning.plan(recipe, "tiny", parse_cluster("1xH100"))
     assert tree["settings"][0]["days"] is None
     assert "set train.tokens" in as_text(tree)
@@ -185,7 +254,7 @@ def test_epochs_have_no_length_without_data():
 
 def test_tokens_are_rounded_up_to_whole_steps():
     recipe = load_recipe("steel-1b", ["train.tokens=1000000000"])
-    tokens, steps = planning.length(recipe)
+    tokens, steps = asked.length(recipe)
     assert steps == 954
     assert tokens == 954 * 512 * 2048
 
