@@ -76,20 +76,20 @@ def _parser() -> argparse.ArgumentParser:
 def _training(verb: AddVerb) -> None:
     p = verb(verbs.pretrain, "train a recipe in one process")
     p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
-    p.add_argument("overrides", nargs="*", metavar="key.path=value")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     p.add_argument(
         "--dry-run", action="store_true", help="check everything, make two timed steps, print the plan, keep nothing"
     )
 
     p = verb(verbs.launch, "train a recipe on every GPU (two ranks without one), supervised: start again after a crash")
     p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
-    p.add_argument("overrides", nargs="*", metavar="key.path=value")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     p.add_argument("--num_gpus", type=int, metavar="N", help="ranks on each node (default: one per GPU)")
     p.add_argument("--hostfile", metavar="F", help="several nodes, one line each: HOSTNAME slots=GPUS")
 
     p = verb(verbs.plan, "memory, time, disk and cost of a recipe on a machine, before you rent it (docs/plan.md)")
     p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped name or a YAML path; needs no data")
-    p.add_argument("overrides", nargs="*", metavar="key.path=value")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     p.add_argument("--gpus", metavar="8xA100-80G", help="GPUs of one node, or NODESxGPUSxNAME as in 4x8xH100")
     p.add_argument(
         "--link", metavar="200Gb/s", help="what joins the nodes: speed of one node's network, all cards together"
@@ -118,7 +118,7 @@ def _training(verb: AddVerb) -> None:
 def _data(verb: AddVerb) -> None:
     p = verb(verbs.prepare, "files of a known corpus to one jsonl file of texts, or fetch the corpus from a hub")
     p.add_argument("source", metavar="SOURCE", help="skypile, zhihu-kol, messages, ...: docs/prepare.md has them all")
-    p.add_argument("inputs", nargs="*", metavar="INPUT")
+    p.add_argument("inputs", nargs="*", default=[], metavar="INPUT")
     p.add_argument("--output", metavar="FILE.jsonl")
     p.add_argument("--tokenizer", metavar="DIR", help="use this folder's chat template and special tokens")
     p.add_argument("--nfkc", action="store_true", help="fold full-width and compatibility characters (not for code)")
@@ -296,7 +296,7 @@ def _looking(verb: AddVerb) -> None:
 def _tuning(p: argparse.ArgumentParser, rows: str, batch: int, keys: str) -> None:
     p.add_argument("model", metavar="MODEL_DIR")
     p.add_argument("data", metavar="DATA", help=f"a folder of sft-data, or a jsonl file of {rows}")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help=f"TRL's {keys}")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"TRL's {keys}")
     p.add_argument(
         "--output", required=True, metavar="DIR", help="the tuned model; the same command goes on with a stopped run"
     )

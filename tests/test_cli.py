@@ -96,6 +96,18 @@ def test_an_unknown_option_is_refused(capsys):
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verb", "named"),
+    [("pretrain", "RECIPE"), ("launch", "RECIPE"), ("prepare", "SOURCE"), ("sft", "MODEL_DIR, DATA, --output")],
+)
+def test_only_what_is_needed_is_called_required(verb, named, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([verb])
+    assert left.value.code == 78
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == f"error: the following arguments are required: {named}"
+
+
 def test_what_the_launcher_starts_has_help_and_refuses_options(capsys, caplog):
     assert pretrain.main(["--local_rank=0", "--help"]) == 0
     assert "RECIPE [key.path=value ...] [--dry-run]" in capsys.readouterr().out
