@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb runs, so that `--help` is instant.
 import argparse
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -17,7 +18,7 @@ AddVerb = Callable[..., argparse.ArgumentParser]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input)."""
+    """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input, 130 interrupted)."""
     parser = _parser()
     known, rest = parser.parse_known_args(argv)
     if rest and (
@@ -30,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         arguments["overrides"] = [*known.overrides, *rest]
     action: Callable[..., None] = arguments.pop("action")
     dist.set_up_logging()
-    return dist.exit_code(lambda: action(**arguments))
+    try:
+        return dist.exit_code(lambda: action(**arguments))
+    except KeyboardInterrupt:  # of a verb that has nothing to save, or for the second time
+        dist.log.error("interrupted")
+        return 128 + signal.SIGINT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     _after_training(group("after training"))
     _looking(group("inspect and operate"))
     parser.description = "\n".join(lines)
-    parser.epilog = "exit codes: 0 done, 70 internal or numerical, 75 stopped on request (start again), 78 bad configuration or data"
+    parser.epilog = (
+        "exit codes: 0 done, 70 internal or numerical, 75 stopped on request (start again), 78 bad configuration or data,\n"
+        "130 interrupted"
+    )
     return parser
 
 
