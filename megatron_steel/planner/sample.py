@@ -88,11 +88,14 @@ def _cut_parquet(file: str, target: Path, share: float) -> int:
     whole = pq.ParquetFile(file)
     rows = max(1, round(share * whole.metadata.num_rows))
     taken, batches = 0, []
-    for batch in whole.iter_batches(batch_size=min(rows, 1000)):
-        batches.append(batch.slice(0, rows - taken))
-        taken += len(batches[-1])
-        if taken >= rows:
-            break
+    try:
+        for batch in whole.iter_batches(batch_size=min(rows, 1000)):
+            batches.append(batch.slice(0, rows - taken))
+            taken += len(batches[-1])
+            if taken >= rows:
+                break
+    except (OSError, pa.ArrowException) as error:  # its end was good, which is all that was read before
+        raise SteelError(f"the file cannot be read: {error}", file, "fetch it again, or leave it out") from None
     pq.write_table(pa.Table.from_batches(batches), target, compression=_codec(whole))
     return round(os.path.getsize(file) * taken / whole.metadata.num_rows)
 

@@ -117,6 +117,17 @@ def test_a_table_without_rows_is_empty(tmp_path):
         corpus.plan([str(tmp_path / "a.parquet")])
 
 
+def test_a_damaged_table_is_named(tmp_path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(20_000)]}), file)
+    content = bytearray(file.read_bytes())
+    content[100:20_000] = b"\xff" * 19_900
+    file.write_bytes(content)
+    with pytest.raises(SteelError, match="the file cannot be read") as told:
+        corpus.plan([str(file)], sample_bytes=10_000)
+    assert told.value.where == str(file)
+
+
 def test_a_word_that_is_no_file_has_its_nearest_source(tmp_path):
     with pytest.raises(SteelError, match="no such input file, and no source of that name") as told:
         corpus.plan(["skypil", _lines(tmp_path / "a.jsonl", ROW)])
