@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb runs, so that `--help` is instant.
 import argparse
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -17,7 +18,7 @@ AddVerb = Callable[..., argparse.ArgumentParser]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input)."""
+    """Run one verb; returns its exit code (0 done, 70 internal, 75 stopped on request, 78 bad input, 130 interrupted)."""
     parser = _parser()
     known, rest = parser.parse_known_args(argv)
     if rest and (
@@ -30,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         arguments["overrides"] = [*known.overrides, *rest]
     action: Callable[..., None] = arguments.pop("action")
     dist.set_up_logging()
-    return dist.exit_code(lambda: action(**arguments))
+    try:
+        return dist.exit_code(lambda: action(**arguments))
+    except KeyboardInterrupt:  # of a verb that has nothing to save, or for the second time
+        dist.log.error("interrupted")
+        return 128 + signal.SIGINT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,27 +74,30 @@ def _parser() -> argparse.ArgumentParser:
     _after_training(group("after training"))
     _looking(group("inspect and operate"))
     parser.description = "\n".join(lines)
-    parser.epilog = "exit codes: 0 done, 70 internal or numerical, 75 stopped on request (start again), 78 bad configuration or data"
+    parser.epilog = (
+        "exit codes: 0 done, 70 internal or numerical, 75 stopped on request (start again), 78 bad configuration or data,\n"
+        "130 interrupted"
+    )
     return parser
 
 
 def _training(verb: AddVerb) -> None:
     p = verb(verbs.pretrain, "train a recipe in one process")
     p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
-    p.add_argument("overrides", nargs="*", metavar="key.path=value")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     p.add_argument(
         "--dry-run", action="store_true", help="check everything, make two timed steps, print the plan, keep nothing"
     )
 
     p = verb(verbs.launch, "train a recipe on every GPU (two ranks without one), supervised: start again after a crash")
     p.add_argument("recipe", metavar="RECIPE", help="a shipped name or a YAML path")
-    p.add_argument("overrides", nargs="*", metavar="key.path=value")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     p.add_argument("--num_gpus", type=int, metavar="N", help="ranks on each node (default: one per GPU)")
     p.add_argument("--hostfile", metavar="F", help="several nodes, one line each: HOSTNAME slots=GPUS")
 
     p = verb(verbs.plan, "memory, time, disk and cost of a recipe on a machine, before you rent it (docs/plan.md)")
     p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped name or a YAML path; needs no data")
-    p.add_argument("overrides", nargs="*", metavar="key.path=value")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     p.add_argument("--gpus", metavar="8xA100-80G", help="GPUs of one node, or NODESxGPUSxNAME as in 4x8xH100")
     p.add_argument(
         "--link", metavar="200Gb/s", help="what joins the nodes: speed of one node's network, all cards together"
@@ -118,7 +126,7 @@ def _training(verb: AddVerb) -> None:
 def _data(verb: AddVerb) -> None:
     p = verb(verbs.prepare, "files of a known corpus to one jsonl file of texts, or fetch the corpus from a hub")
     p.add_argument("source", metavar="SOURCE", help="skypile, zhihu-kol, messages, ...: docs/prepare.md has them all")
-    p.add_argument("inputs", nargs="*", metavar="INPUT")
+    p.add_argument("inputs", nargs="*", default=[], metavar="INPUT")
     p.add_argument("--output", metavar="FILE.jsonl")
     p.add_argument("--tokenizer", metavar="DIR", help="use this folder's chat template and special tokens")
     p.add_argument("--nfkc", action="store_true", help="fold full-width and compatibility characters (not for code)")
@@ -296,7 +304,7 @@ def _looking(verb: AddVerb) -> None:
 def _tuning(p: argparse.ArgumentParser, rows: str, batch: int, keys: str) -> None:
     p.add_argument("model", metavar="MODEL_DIR")
     p.add_argument("data", metavar="DATA", help=f"a folder of sft-data, or a jsonl file of {rows}")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help=f"TRL's {keys}")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"TRL's {keys}")
     p.add_argument(
         "--output", required=True, metavar="DIR", help="the tuned model; the same command goes on with a stopped run"
     )

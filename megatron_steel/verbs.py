@@ -39,6 +39,7 @@ def recipes(words: list[str], params: str | None, vocab_size: int | None, output
 def plan(recipe: str | None, overrides: list[str], **options: Any) -> None:
     from megatron_steel.planner import command
 
+    _require_folder(options["json_file"])
     tree, text = command.run(recipe, overrides, options)
     print(text)
     _write_json(options["json_file"], tree)
@@ -109,6 +110,7 @@ def inspect(
     is_run = (Path(target) / "checkpoints").is_dir() or (Path(target) / "recipe.yaml").is_file()
     if (is_run and picture) or (not is_run and step is not None) or (rank is not None and step is None):
         raise _usage("inspect PREFIX [--tokenizer T] [--picture F] [--json F], or inspect RUN [--step N [--rank R]]")
+    _require_folder(json_file)
     if not is_run:
         _inspect_data(target, tokenizer, json_file, picture)
         return
@@ -221,6 +223,16 @@ def _write_or_print(text: str, output: str | None) -> None:
             file.write(text)
     except OSError as error:
         raise SteelError(f"the recipe could not be written: {error.strerror}", output, "name another file") from None
+
+
+def _require_folder(file: str | None) -> None:
+    """Raises SteelError, before anything is computed or printed, where `file` could not be written."""
+    from megatron_steel.errors import SteelError
+
+    if file and Path(file).is_dir():
+        raise SteelError("a folder stands where the JSON should go", file, "name a file in it")
+    if file and not Path(file).absolute().parent.is_dir():
+        raise SteelError("the folder for this file does not exist", file, "make it, or name another file")
 
 
 def _write_json(file: str | None, tree: dict[str, Any], indent: int | None = 1) -> None:

@@ -1,13 +1,16 @@
 """The command line: instant help, every verb documented, words that are no arguments refused."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import wait_for
 
 from megatron_steel import cli, pretrain
 from megatron_steel.data.manifest import trust
@@ -94,6 +97,39 @@ def test_an_unknown_option_is_refused(capsys):
         cli.main(["verify", "x", "--fast"])
     assert left.value.code == 78
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "named"),
+    [("pretrain", "RECIPE"), ("launch", "RECIPE"), ("prepare", "SOURCE"), ("sft", "MODEL_DIR, DATA, --output")],
+)
+def test_only_what_is_needed_is_called_required(verb, named, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([verb])
+    assert left.value.code == 78
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == f"error: the following arguments are required: {named}"
+
+
+@pytest.mark.parametrize("asked", ["a recipe", "data"])
+def test_ctrl_c_is_one_line_and_leaves_nothing(asked, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a row that is long enough to be kept"}\n' * 200_000)
+    words = ["plan", "tiny", "--gpus", "8xA100"] if asked == "a recipe" else ["plan", "--data", str(rows)]
+    command = [str(Path(sys.executable).with_name("megatron-steel")), *words]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    maps = Path(f"/proc/{running.pid}/maps")
+    busy = {"a recipe": lambda: "libtorch" in maps.read_text(),
+            "data": lambda: any((tmp_path / "temporary").glob("*/text.jsonl.parts"))}  # fmt: skip
+    wait_for(busy[asked])
+    running.send_signal(signal.SIGINT)
+    out, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert re.fullmatch(r"\d\d:\d\d:\d\d interrupted\n", said)
+    assert out == ""
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_what_the_launcher_starts_has_help_and_refuses_options(capsys, caplog):

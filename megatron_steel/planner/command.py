@@ -6,6 +6,10 @@ from megatron_steel.errors import SteelError
 
 _USAGE = ("megatron-steel plan RECIPE --gpus 8xA100-80G [key.path=value ...], plan --check, "
           "or plan --data SOURCE FILE... --tokenizer DIR")  # fmt: skip
+_ONLY_WITH = {
+    "RECIPE --gpus": ("link", "peak_tflops", "memory_gb", "price"),
+    "--data": ("tokenizer", "chain", "cores", "total_size"),
+}
 
 
 def run(recipe: str | None, overrides: list[str], options: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -15,6 +19,7 @@ def run(recipe: str | None, overrides: list[str], options: dict[str, Any]) -> tu
         raise SteelError(
             "the command is not complete" if sum(asked) < 2 else "one plan at a time", "command line", _USAGE
         )
+    _refuse_options(("RECIPE --gpus", "--check", "--data")[asked.index(True)], options)
     if options["check"]:
         from megatron_steel.planner import calibrate
 
@@ -28,6 +33,15 @@ def run(recipe: str | None, overrides: list[str], options: dict[str, Any]) -> tu
         return found, corpus.as_text(found)
     assert recipe
     return _recipe(recipe, overrides, options)
+
+
+def _refuse_options(plan: str, options: dict[str, Any]) -> None:
+    """What another plan takes is refused, so that nobody believes it was heeded."""
+    for other, names in _ONLY_WITH.items():
+        given = [f"--{name.replace('_', '-')}" for name in names if options[name] is not None]
+        if given and plan != other:
+            what = f"only plan {other} takes {', '.join(given)}"
+            raise SteelError(what, f"plan {plan}", f"leave it out, or: {_USAGE}")
 
 
 def _recipe(name: str, overrides: list[str], options: dict[str, Any]) -> tuple[dict[str, Any], str]:

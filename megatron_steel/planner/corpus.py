@@ -1,6 +1,7 @@
 """`megatron-steel plan --data`: hours and disk to prepare, clean and tokenize a corpus, by timing a sample of it here.
 
-1. The beginning of the inputs is cut off as a sample, in their own format, and a quarter of it as a smaller one.
+1. The beginning of the inputs is cut off as a sample, in their own format, and a quarter of it as a smaller one
+   (`sample.py`).
 2. Each stage runs on both, alone on one core, through the functions behind the verbs; CPU seconds are counted, not the
    clock's, so that a busy machine does not spoil them.
 3. seconds = start + rate x bytes through the two points. Joining what the workers made is timed by itself, too: one
@@ -13,7 +14,6 @@ The rates are those of the machine it runs on, so that is where it must be asked
 
 import contextlib
 import logging
-import math
 import os
 import re
 import resource
@@ -25,17 +25,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_steel.data import parallel, readers, sources
+from megatron_steel.data import parallel
 from megatron_steel.data.indexed import bin_path, idx_path
 from megatron_steel.data.merge import concatenate
 from megatron_steel.data.reserve import sha256
 from megatron_steel.data.tokenize import load, tokenize
 from megatron_steel.errors import SteelError
+from megatron_steel.planner import sample
 
-_SAMPLE = 32_000_000  # bytes of input in the larger sample
 _ENOUGH = 1_000_000  # bytes: below, a stage takes few ticks of the clock that counts CPU seconds
-_FILES = 8  # at most, that the sample is taken from
 _REPEATS = 10  # at most; the median counts
+_ANY = 1.0  # share of malformed rows: too many of them are for the real stage to refuse
 _LONG_ENOUGH = 1.0  # CPU seconds: what took less in all is run again
 
 
@@ -66,7 +66,7 @@ def plan(
     chain: str | None = None,
     cores: int | None = None,
     total_size: str | None = None,
-    sample_bytes: int = _SAMPLE,
+    sample_bytes: int = sample.BYTES,
 ) -> dict[str, Any]:
     """Time a sample of `inputs` and scale it.
 
@@ -80,19 +80,15 @@ def plan(
     Raises:
         SteelError: no files, unreadable ones, a bad size or number, whatever the stages themselves refuse.
     """
-    source, files = _source(inputs)
+    source, files = sample.source_of(inputs)
     if cores is not None and cores < 1:
         raise SteelError(f"{cores} cores can do nothing", "--cores", "give 1 or more")
-    readers.check_inputs(files, "plan")
-    for file in files:
-        readers.units(file, 1 << 40)  # there, readable, of a known kind
-    own = sum(os.path.getsize(file) for file in files)
-    total = _bytes(total_size) if total_size else own
-    workers = cores or parallel.cpus()
-    with tempfile.TemporaryDirectory(prefix="megatron-steel-plan-") as folder, _silent_stages():
-        large = [cut(file, Path(folder, "large"), sample_bytes // min(len(files), _FILES)) for file in files[:_FILES]]
-        small = [cut(file, Path(folder, "small"), math.ceil(stands / 4)) for file, stands in large]
-        points = [_measured(source, taken, Path(folder), tokenizer, chain) for taken in (small, large)]
+    total, workers = _total(files, total_size), cores or parallel.cpus()
+    with tempfile.TemporaryDirectory(prefix="megatron-steel-plan-") as name, _silent_stages():
+        folder = Path(name)
+        with sample.told_of(files, source, folder):
+            large, small = sample.take(files, folder, sample_bytes)
+            points = [_measured(source, taken, folder, tokenizer, chain) for taken in (small, large)]
     stages = [_stage(name, points, total, workers) for name in points[0]["stages"]]
     return {
         "source": source, "files": len(files), "bytes": total, "sampled_bytes": points[1]["bytes"], "cores": workers,
@@ -121,51 +117,6 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cut(file: str, folder: Path, limit: int) -> tuple[str, int]:
-    """The beginning of a file in its own format: (the new file, bytes of the input that it stands for).
-
-    Raises SteelError for a large file of a kind that cannot be entered in the middle.
-    """
-    folder.mkdir(exist_ok=True)
-    size, target = os.path.getsize(file), folder / f"{len(list(folder.iterdir()))}-{Path(file).name}"
-    kind = readers.units(file, 1 << 40)[0].kind if size else "lines"
-    if size <= limit:
-        shutil.copyfile(file, target)
-        return str(target), size
-    if kind == "parquet":
-        return str(target), _cut_parquet(file, target, limit / size) or size
-    if kind == "lines" and target.suffix not in (".gz", ".zst"):
-        with open(file, "rb") as reader, open(target, "wb") as writer:
-            while writer.tell() < limit and (line := reader.readline()):
-                writer.write(line)
-            return str(target), writer.tell()
-    if size > 16 * _SAMPLE:
-        what = f"no sample can be cut from {size / 1e9:.1f} GB of a compressed file or JSON array"
-        raise SteelError(what, file, "give a smaller file of the same corpus, and --total-size of the whole")
-    shutil.copyfile(file, target)
-    return str(target), size
-
-
-def _cut_parquet(file: str, target: Path, share: float) -> int:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    whole = pq.ParquetFile(file)
-    rows = max(1, round(share * whole.metadata.num_rows))
-    taken, batches = 0, []
-    for batch in whole.iter_batches(batch_size=min(rows, 1000)):
-        batches.append(batch.slice(0, rows - taken))
-        taken += len(batches[-1])
-        if taken >= rows:
-            break
-    pq.write_table(pa.Table.from_batches(batches), target, compression=_codec(whole))
-    return round(os.path.getsize(file) * taken / whole.metadata.num_rows)
-
-
-def _codec(file: Any) -> str:
-    return str(file.metadata.row_group(0).column(0).compression)
-
-
 @dataclass(frozen=True)
 class _Point:
     """One stage on one sample, in CPU seconds, each part timed by itself."""
@@ -184,10 +135,13 @@ def _measured(
     from megatron_steel.data.prepare import prepare
 
     files, text, cleaned, prefix = [f for f, _ in taken], folder / "text.jsonl", folder / "clean.jsonl", folder / "data"
-    run = _cpu_seconds(lambda: prepare(source, files, text, workers=1))
+    run = _cpu_seconds(lambda: prepare(source, files, text, workers=1, max_malformed_ratio=_ANY))
     found = {"prepare": _Point(0.0, run, _cpu_seconds(lambda: _copy_and_hash(text)), text.stat().st_size)}
     if chain:
         run, join = _cpu_seconds_both(lambda: clean([text], chain, cleaned, workers=1))
+        if not cleaned.stat().st_size:
+            remedy = "give more of the corpus, or another chain"
+            raise SteelError("the chain keeps no row of the sample", f"--chain {chain}", remedy)
         found["clean"] = _Point(0.0, run, join, cleaned.stat().st_size)
     if tokenizer:
         found["tokenize"] = _tokenized([cleaned if chain else text], tokenizer, prefix)
@@ -197,7 +151,9 @@ def _measured(
 def _tokenized(rows: list[Path], tokenizer: str, prefix: Path) -> _Point:
     loaded = []
     start = _cpu_seconds(lambda: loaded.append(load(tokenizer, rows)))
-    run = _cpu_seconds(lambda: tokenize(rows, tokenizer, prefix, workers=1, loaded=loaded[-1]))
+    run = _cpu_seconds(
+        lambda: tokenize(rows, tokenizer, prefix, workers=1, max_malformed_ratio=_ANY, loaded=loaded[-1])
+    )
     join = _cpu_seconds(lambda: concatenate([prefix], f"{prefix}-joined"))
     return _Point(start, run, join, bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size)
 
@@ -256,13 +212,13 @@ def _stage(name: str, points: Sequence[dict[str, Any]], total: int, cores: int) 
     return Stage(name, start, join, work, hours, kept, round(_WHILE_RUNNING[name] * kept))
 
 
-def _source(words: Sequence[str]) -> tuple[str, list[str]]:
-    named = words[0] in sources.names()
-    source, files = (words[0], list(words[1:])) if named else ("text", list(words))
-    if not files:
-        what = f"rates come from a sample of {source} on this machine, and no file of it is given"
-        raise SteelError(what, "--data", f"plan --data {source} FILE..., with --total-size for the whole corpus")
-    return source, files
+def _total(files: Sequence[str], size: str | None) -> int:
+    own = sum(os.path.getsize(file) for file in files)
+    total = _bytes(size) if size else own
+    if total < own:
+        what = f"{size} is less than the {own:,} bytes of the files given"
+        raise SteelError(what, "--total-size", "give the size of the corpus that they are a part of, or leave it out")
+    return total
 
 
 def _bytes(size: str) -> int:
