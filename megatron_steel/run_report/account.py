@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_steel.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
-from megatron_steel.run_report.read import Row, RunFiles
+from megatron_steel.run_report.kinds import Row
+from megatron_steel.run_report.read import RunFiles
 
 ASIDE = ("validation", "samples", "save")  # parts of a step's time that are no training
 

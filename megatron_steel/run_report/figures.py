@@ -1,8 +1,9 @@
 """Which curves of a run are worth a look: its lines to `plots.curves`."""
 
 from megatron_steel.run_report.account import Start
+from megatron_steel.run_report.kinds import Row
 from megatron_steel.run_report.plots import Line, curves
-from megatron_steel.run_report.read import Row, RunFiles
+from megatron_steel.run_report.read import RunFiles
 
 
 def figures_of(run: RunFiles, starts: list[Start], sees_future: bool) -> list[tuple[str, str]]:
