@@ -181,6 +181,7 @@ _START = {"event": "start", "time": 1.79e9, "from_step": 6, "steps": 9, "ranks":
         ("environment.json", {"versions": None}, False),
         ("environment.json", {"versions": "2.0"}, True),
         ("audit.json", {"causal": "yes"}, True),
+        ("audit.json", {"verdict": "causal"}, True),
     ],
 )
 def test_json_of_the_wrong_kind_is_a_gap_and_is_told(run, name, row, is_damage):
@@ -208,6 +209,34 @@ def test_bad_input(finished, tmp_path, capsys):
                         ([str(finished), "--output", f"{tmp_path}/recipe.yaml"], "no name of")):  # fmt: skip
         assert cli.main(["report", *words]) == 78
         assert said in capsys.readouterr().err
+
+
+def test_many_restarts_are_all_counted_and_some_are_drawn(tmp_path):
+    """Each start makes 3 steps, one second each, and a killed one's last step is made again."""
+    starts = 250
+    (tmp_path / "recipe.yaml").write_text("")
+    logged = [{"step": i, "time": 1e9 + 0.5 + i + i // 2, "tokens": 10 * i, "loss": 2.0, "data_share/a": 0.5, "data_share/b": 0.5}
+              for i in range(1, 2 * starts + 1)]  # fmt: skip
+    begun = [{"event": "start", "time": 1e9 + 3 * i, "from_step": 2 * i, "steps": 500} for i in range(starts)]
+    ended = [{"began": r["time"], "ended": r["time"] + 2, "exit_code": 70, "step": r["from_step"] + 3, "cause": "x"}
+             for r in begun[:-1]]  # fmt: skip
+    for name, rows in (("metrics", logged), ("starts", begun), ("launches", ended)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read(tmp_path)
+    found = account.starts_of(run)
+    assert [(s.from_step, s.reached) for s in found] == [(2 * i, min(2 * i + 3, 500)) for i in range(starts)]
+    assert account.lost_steps(found) == starts - 1
+    assert account.account_of(run, found).idle == starts - 1
+    page = page_of(run)
+    svg = re.search("<h3>loss</h3>(<svg.*?</svg>)", page, re.DOTALL)[1]
+    assert svg.count("stroke: #868e96") == 83  # every third of 249
+    assert "some of the 249 places" in page
+
+
+def test_stacked_curves_are_thinned():
+    x = list(range(50_000))
+    lines = [plots.Line(name, x, [0.5] * len(x)) for name in "ab"]
+    assert len(plots.curves("shares", "", lines, stacked=True)) < 200_000
 
 
 def test_a_spike_is_not_thinned_away():

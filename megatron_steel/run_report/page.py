@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_steel.errors import SteelError
 from megatron_steel.run_report import account
-from megatron_steel.run_report.figures import figures_of
+from megatron_steel.run_report.figures import MOST_RESTARTS, figures_of, restarts_of
 from megatron_steel.run_report.kinds import Row
 from megatron_steel.run_report.plots import short
 from megatron_steel.run_report.read import RunFiles, read
@@ -114,12 +114,15 @@ def _cards(run: RunFiles, starts: list[account.Start], price: float | None) -> s
 
 
 def _figures(run: RunFiles, starts: list[account.Start], future: bool) -> str:
-    figures = figures_of(run, starts, future)
+    restarts = restarts_of(run, starts)
+    figures = figures_of(run, restarts, future)
     if not figures:
         return '<p class="dim">Nothing has been logged yet.</p>'
     drawn = "".join(f"<figure><h3>{_e(title)}</h3>{svg}</figure>" for title, svg in figures)
-    no_validation = "" if run.validation else '<p class="dim">No held-out data has been evaluated.</p>'
-    return f'<div class="plots">{drawn}</div>{no_validation}'
+    notes = "" if run.validation else '<p class="dim">No held-out data has been evaluated.</p>'
+    if len(restarts) > MOST_RESTARTS:
+        notes += f'<p class="dim">Dotted lines show some of the {len(restarts):,} places where it started again.</p>'
+    return f'<div class="plots">{drawn}</div>{notes}'
 
 
 def _time(run: RunFiles, starts: list[account.Start], price: float | None) -> str:
