@@ -72,13 +72,22 @@ def _speed(job: "Job", seconds: float, tokens: int, steps: int, so: str) -> list
     share = ""
     if job.peak_flops:
         share = f", {per_second * job.flops_per_token / (job.peak_flops * dist.world_size()):.1%} of peak"
-    left = datetime.timedelta(seconds=round(seconds * steps))
-    end = datetime.datetime.now() + left
     return [
         f"speed:     {seconds:.3f} s a step, {per_second:,.0f} tokens/s{share}",
-        f"left:      {steps:,} steps, {steps * tokens:,} tokens{so}: {left} ({left.total_seconds() / 86400:.1f} days), "
-        f"until {end:%Y-%m-%d %H:%M}; evaluations, saves and stops come on top",
+        f"left:      {steps:,} steps, {steps * tokens:,} tokens{so}: {duration(seconds * steps)}; "
+        "evaluations, saves and stops come on top",
     ]
+
+
+def duration(seconds: float) -> str:
+    """With the date of its end, where the calendar has that."""
+    days = seconds / 86400
+    try:
+        left = datetime.timedelta(seconds=round(seconds))
+        end = datetime.datetime.now() + left
+    except OverflowError:  # beyond the year 9999
+        return f"{days:,.0f} days ({days / 365.25:,.0f} years)"
+    return f"{left} ({days:.1f} days), until {end:%Y-%m-%d %H:%M}"
 
 
 def _disk(job: "Job", parameters: int, steps: int) -> str:

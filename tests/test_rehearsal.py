@@ -4,6 +4,7 @@ import hashlib
 import re
 
 from megatron_steel import cli
+from megatron_steel.rehearsal import duration
 
 
 def _tree(folder):
@@ -44,3 +45,10 @@ def test_a_dry_run_leaves_nothing_and_changes_nothing(tiny_recipe, metrics, caps
     for wanted in ("audit:     causal", "s a step", "left:      3 steps, 768 tokens", "memory: ", "(2 at a time)"):
         assert wanted in said or wanted.replace("2 at", "1 at") in said, said
     assert "nothing to do" in pretrain("run", *words, "--dry-run")
+
+
+def test_a_duration_beyond_the_calendar_has_no_date():
+    assert re.fullmatch(r"1 day, 0:00:01 \(1\.0 days\), until \d{4}-\d\d-\d\d \d\d:\d\d", duration(86401.0))
+    year = 365.25 * 86400
+    assert duration(9000 * year) == "3,287,250 days (9,000 years)"
+    assert duration(1e12 * year) == "365,250,000,000,000 days (1,000,000,000,000 years)"
