@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING
 
 from megatron_steel import device as device_facts
 from megatron_steel import dist
+from megatron_steel.checkpoint.commit import published
+from megatron_steel.planner.disk import disk
 
 if TYPE_CHECKING:
+    from megatron_steel.recipe import Train
     from megatron_steel.train.loop import Job
 
 _STEPS = 2  # the first also connects, allocates and compiles; the second is the measure
@@ -61,7 +64,7 @@ def rehearse(job: "Job", parameters: int, causal: bool | None) -> None:
             " at this stage's speed" if job.run_steps > job.steps else "",
         ),
         f"memory:    {memory:.2f} GiB at most on a rank, of {device:.1f} GiB",
-        _disk(job, parameters, job.run_steps - first),
+        _disk(job, parameters),
     ]
     dist.log.info("dry run: everything checks; nothing is kept\n  %s", "\n  ".join(lines))
 
@@ -72,32 +75,46 @@ def _speed(job: "Job", seconds: float, tokens: int, steps: int, so: str) -> list
     share = ""
     if job.peak_flops:
         share = f", {per_second * job.flops_per_token / (job.peak_flops * dist.world_size()):.1%} of peak"
-    left = datetime.timedelta(seconds=round(seconds * steps))
-    end = datetime.datetime.now() + left
     return [
         f"speed:     {seconds:.3f} s a step, {per_second:,.0f} tokens/s{share}",
-        f"left:      {steps:,} steps, {steps * tokens:,} tokens{so}: {left} ({left.total_seconds() / 86400:.1f} days), "
-        f"until {end:%Y-%m-%d %H:%M}; evaluations, saves and stops come on top",
+        f"left:      {steps:,} steps, {steps * tokens:,} tokens{so}: {duration(seconds * steps)}; "
+        "evaluations, saves and stops come on top",
     ]
 
 
-def _disk(job: "Job", parameters: int, steps: int) -> str:
-    """The most that checkpoints will take (one more than are kept exists for a moment), and what is free."""
-    from megatron_steel.train.state import first_checkpoint_bytes
+def duration(seconds: float) -> str:
+    """With the date of its end, where the calendar has that."""
+    days = seconds / 86400
+    try:
+        left = datetime.timedelta(seconds=round(seconds))
+        end = datetime.datetime.now() + left
+    except OverflowError:  # beyond the year 9999
+        return f"{days:,.0f} days ({days / 365.25:,.0f} years)"
+    return f"{left} ({days:.1f} days), until {end:%Y-%m-%d %H:%M}"
 
-    train, folder = job.recipe.train, Path(job.recipe.run.dir).expanduser().absolute()
-    each = first_checkpoint_bytes(parameters)
-    kept = min(max(2, train.keep_last) + 1, -(-steps // train.save_every_steps))
-    for_ever = steps // train.keep_every_steps if train.keep_every_steps else 0
+
+def _disk(job: "Job", parameters: int) -> str:
+    """The most that the run's checkpoints will take, and what is free for those that are not there yet."""
+    folder = Path(job.recipe.run.dir).expanduser().absolute()
+    each = disk(job.recipe, parameters, 0, job.engine.zero_optimization_stage(), job.run_steps, None).checkpoint
+    most = checkpoints_at_most(job.recipe.train, job.run_steps)
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
-    need = each * (kept + for_ever)
-    if need > free and dist.is_main():
+    if each * (most - len(published(folder / "checkpoints"))) > free and dist.is_main():
         dist.log.warning("the disk has no room for the checkpoints of this run: see below")
-    also = f" and {for_ever} for ever" if for_ever else ""
     return (
-        f"disk:      {need / 2**30:.2f} GiB for checkpoints of about {each / 2**30:.2f} GiB ({kept} at a time{also}), "
+        f"disk:      {each * most / 2**30:.2f} GiB for checkpoints of about {each / 2**30:.2f} GiB ({most:,} at a time), "
         f"{free / 2**30:.1f} GiB free"
     )
+
+
+def checkpoints_at_most(train: "Train", steps: int) -> int:
+    """Beside each other while the last one is written: it, those it follows, which go only once it is whole, and those
+    kept for ever that are older."""
+    saves = -(-steps // train.save_every_steps)
+    followed = min(saves, max(2, train.keep_last) + 1)
+    if train.keep_every_steps is None:
+        return followed
+    return followed + (saves - followed) * train.save_every_steps // train.keep_every_steps
 
 
 def _wait_for(job: "Job") -> None:

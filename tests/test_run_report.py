@@ -155,12 +155,88 @@ def test_numbers_that_are_none_are_gaps(run):
     assert "<h3>loss</h3>" in page  # the validation loss is still there
 
 
+_LOGGED = {"step": 7, "time": 1.79e9, "tokens": 7000, "seconds_step": 1.0}
+_LAUNCH = {"began": 1.79e9, "ended": 1.79e9 + 5, "exit_code": 70, "step": 7, "cause": "no port"}
+_START = {"event": "start", "time": 1.79e9, "from_step": 6, "steps": 9, "ranks": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "is_damage"),
+    [
+        ("metrics.jsonl", {**_LOGGED, "loss": 2.0, "time": None}, False),
+        ("metrics.jsonl", {**_LOGGED, "loss": 2.0, "time": "noon"}, True),
+        ("metrics.jsonl", {**_LOGGED, "loss": "2.0"}, True),
+        ("metrics.jsonl", {**_LOGGED, "loss": 2.0, "seconds_step": "1.0"}, True),
+        ("metrics.jsonl", {**_LOGGED, "loss": 1e308}, True),
+        ("metrics.jsonl", {**_LOGGED, "loss": -1e308}, True),
+        ("metrics.jsonl", {**_LOGGED, "loss": 2.0, "data_share/\ud83d": 1.0}, False),
+        ("metrics.jsonl", [1], True),
+        ("samples.jsonl", {"step": 7, "prompt": None, "text": "x"}, True),
+        ("samples.jsonl", {"step": 7, "prompt": "p", "text": "half of a face: \ud83d"}, False),
+        ("launches.jsonl", {key: value for key, value in _LAUNCH.items() if key != "step"}, True),
+        ("launches.jsonl", {**_LAUNCH, "cause": "\ud83d"}, False),
+        ("starts.jsonl", {**_START, "ranks": None}, False),
+        ("starts.jsonl", {**_START, "ranks": "two"}, True),
+        ("starts.jsonl", {**_START, "time": 1e18}, True),
+        ("environment.json", {"versions": None}, False),
+        ("environment.json", {"versions": "2.0"}, True),
+        ("audit.json", {"causal": "yes"}, True),
+        ("audit.json", {"verdict": "causal"}, True),
+    ],
+)
+def test_json_of_the_wrong_kind_is_a_gap_and_is_told(run, name, row, is_damage):
+    for _ in range(2):
+        with (run / name).open("a" if name.endswith("l") else "w", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    page = page_of(read(run))
+    page.encode()
+    assert _cards(page)["step"].startswith(("6 of", "7 of"))
+    assert (f"<p>{name}: " in page) == is_damage
+    assert ("<h2>Damaged</h2>" in page) == is_damage
+
+
+def test_only_what_is_wrong_in_a_line_is_left_out(run):
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**_LOGGED, "loss": 2.5, "lr": "high"}) + "\nno json\n")
+    found = read(run)
+    assert found.training[-1] == {**_LOGGED, "loss": 2.5}
+    assert [problem.partition(" of ")[0] for problem in found.damaged] == ["metrics.jsonl: 2"]
+
+
 def test_bad_input(finished, tmp_path, capsys):
     for words, said in (([str(tmp_path)], "this is no run folder"), ([str(finished), "--price-per-gpu-hour=-1"], "is no price"),
                         ([str(finished), "--output", f"{tmp_path}/none/x.html"], "cannot write"),
                         ([str(finished), "--output", f"{tmp_path}/recipe.yaml"], "no name of")):  # fmt: skip
         assert cli.main(["report", *words]) == 78
         assert said in capsys.readouterr().err
+
+
+def test_many_restarts_are_all_counted_and_some_are_drawn(tmp_path):
+    """Each start makes 3 steps, one second each, and a killed one's last step is made again."""
+    starts = 250
+    (tmp_path / "recipe.yaml").write_text("")
+    logged = [{"step": i, "time": 1e9 + 0.5 + i + i // 2, "tokens": 10 * i, "loss": 2.0, "data_share/a": 0.5, "data_share/b": 0.5}
+              for i in range(1, 2 * starts + 1)]  # fmt: skip
+    begun = [{"event": "start", "time": 1e9 + 3 * i, "from_step": 2 * i, "steps": 500} for i in range(starts)]
+    ended = [{"began": r["time"], "ended": r["time"] + 2, "exit_code": 70, "step": r["from_step"] + 3, "cause": "x"}
+             for r in begun[:-1]]  # fmt: skip
+    for name, rows in (("metrics", logged), ("starts", begun), ("launches", ended)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read(tmp_path)
+    found = account.starts_of(run)
+    assert [(s.from_step, s.reached) for s in found] == [(2 * i, min(2 * i + 3, 500)) for i in range(starts)]
+    assert account.lost_steps(found) == starts - 1
+    assert account.account_of(run, found).idle == starts - 1
+    page = page_of(run)
+    svg = re.search("<h3>loss</h3>(<svg.*?</svg>)", page, re.DOTALL)[1]
+    assert svg.count("stroke: #868e96") == 83  # every third of 249
+    assert "some of the 249 places" in page
+
+
+def test_stacked_curves_are_thinned():
+    x = list(range(50_000))
+    lines = [plots.Line(name, x, [0.5] * len(x)) for name in "ab"]
+    assert len(plots.curves("shares", "", lines, stacked=True)) < 200_000
 
 
 def test_a_spike_is_not_thinned_away():

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_steel.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
-from megatron_steel.run_report.read import Row, RunFiles
+from megatron_steel.run_report.kinds import Row
+from megatron_steel.run_report.read import RunFiles
 
 ASIDE = ("validation", "samples", "save")  # parts of a step's time that are no training
 
@@ -58,22 +59,29 @@ class Account:
 
 
 def starts_of(run: RunFiles) -> list[Start]:
-    """In order. Empty where the run was recorded before starts were noted and had no supervisor."""
-    signs = sorted(r["time"] for r in [*run.training, *run.validation, *run.samples] if "time" in r)
-    begins = [r for r in run.starts if r.get("event") == "start"]
-    found = []
+    """In order. Empty where the run was recorded before starts were noted and had no supervisor.
+
+    One pass over each file: a run may have thousands of starts and millions of lines.
+    """
+    begins = sorted((r for r in run.starts if r["event"] == "start"), key=lambda row: row["time"])
+    times = [row["time"] for row in begins]
+    ends = _latest(times, [r for r in run.starts if r["event"] == "end"], "time")
+    signs = _latest(times, [*run.training, *run.validation, *run.samples], "time")
+    steps = _latest(times, run.training, "step")
+    launches = sorted(run.launches, key=lambda row: row["began"])
+    launched = [row["began"] for row in launches]
+    found, known = [], set()
     for i, line in enumerate(begins):
-        began, until = line["time"], begins[i + 1]["time"] if i + 1 < len(begins) else float("inf")
-        ends = [r["time"] for r in run.starts if r.get("event") == "end" and began <= r["time"] < until]
-        seen = [t for t in signs if began <= t < until]
-        made = [r["step"] for r in run.training if began <= r.get("time", 0) < until]
-        launch = next((x for x in run.launches if x["began"] <= began <= x["ended"]), None)
-        reached = [*made, *([launch["step"]] if launch else [])]
+        began = line["time"]
+        at = bisect_right(launched, began) - 1
+        launch = launches[at] if at >= 0 and began <= launches[at]["ended"] else None
+        reached = [*([steps[i]] if i in steps else []), *([launch["step"]] if launch else [])]
+        known |= {at} if launch else set()
         found.append(
             Start(
                 began=launch["began"] if launch else began,
-                ended=launch["ended"] if launch else max([began, *ends, *seen]),
-                noted=bool(launch or ends),
+                ended=launch["ended"] if launch else max(began, ends.get(i, began), signs.get(i, began)),
+                noted=bool(launch or i in ends),
                 from_step=line["from_step"],
                 reached=max(reached, default=None),
                 ranks=line.get("ranks", 1),
@@ -81,14 +89,23 @@ def starts_of(run: RunFiles) -> list[Start]:
                 cause=launch["cause"] if launch else "",
             )
         )
-    ranks = found[-1].ranks if found else int(run.environment.get("world_size", 1))
-    known = {start.began for start in found}
+    ranks = found[-1].ranks if found else run.environment.get("world_size", 1)
     found += [
         Start(x["began"], x["ended"], True, None, x["step"] or None, ranks, x["exit_code"], x["cause"])
-        for x in run.launches
-        if x["began"] not in known
+        for at, x in enumerate(launches)
+        if at not in known
     ]
     return sorted(found, key=lambda start: start.began)
+
+
+def _latest(begins: list[float], rows: list[Row], key: str) -> dict[int, float]:
+    """The largest value in the rows of each start, by the start's number; rows without a time are nobody's."""
+    found: dict[int, float] = {}
+    for row in rows:
+        start = bisect_right(begins, row.get("time", -1)) - 1
+        if start >= 0:
+            found[start] = max(row[key], found.get(start, row[key]))
+    return found
 
 
 def account_of(run: RunFiles, starts: list[Start]) -> Account | None:

@@ -1,13 +1,26 @@
 """Which curves of a run are worth a look: its lines to `plots.curves`."""
 
+from bisect import bisect_left
+
 from megatron_steel.run_report.account import Start
+from megatron_steel.run_report.kinds import Row
 from megatron_steel.run_report.plots import Line, curves
-from megatron_steel.run_report.read import Row, RunFiles
+from megatron_steel.run_report.read import RunFiles
+
+MOST_RESTARTS = 100  # lines of a figure: more stand side by side
 
 
-def figures_of(run: RunFiles, starts: list[Start], sees_future: bool) -> list[tuple[str, str]]:
-    """(title, svg) of each figure that has something to show."""
-    rows, marks = run.training, _restarts(run, starts)
+def restarts_of(run: RunFiles, starts: list[Start]) -> list[float]:
+    """Tokens at which the run went on after its first start: those of the first line from there on. Each place once."""
+    rows = sorted([*run.checkpoints, *run.training], key=lambda row: row["step"])
+    steps = [row["step"] for row in rows]
+    places = {bisect_left(steps, start.from_step) for start in starts if start.from_step}
+    return sorted({float(rows[place]["tokens"]) for place in places if place < len(rows)})
+
+
+def figures_of(run: RunFiles, restarts: list[float], sees_future: bool) -> list[tuple[str, str]]:
+    """(title, svg) of each figure that has something to show; of many restarts it shows some, evenly chosen."""
+    rows, marks = run.training, restarts[:: -(-len(restarts) // MOST_RESTARTS) or 1]
     loss = "loss (sees the future)" if sees_future else "loss"
     by_set = _under(run.validation, "validation_loss/")
     parts = [k for k in _keys(rows) if k.startswith("seconds_") and k != "seconds_step"]
@@ -41,13 +54,6 @@ def _line(rows: list[Row], key: str, label: str = "") -> Line:
 def _dots(rows: list[Row], key: str, label: str) -> Line:
     found = [r for r in rows if key in r]
     return Line(label, [r["tokens"] for r in found], [r[key] for r in found], dots=len(found) < 40)
-
-
-def _restarts(run: RunFiles, starts: list[Start]) -> list[float]:
-    """Tokens at which the run went on after its first start: those of the first line from there on."""
-    rows = sorted([*run.checkpoints, *run.training], key=lambda row: row["step"])
-    found = (next((r["tokens"] for r in rows if r["step"] >= s.from_step), None) for s in starts if s.from_step)
-    return [float(tokens) for tokens in found if tokens is not None]
 
 
 def _under(rows: list[Row], prefix: str) -> dict[str, str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from megatron_steel.errors import SteelError
 from megatron_steel.run_report import account
-from megatron_steel.run_report.figures import figures_of
+from megatron_steel.run_report.figures import MOST_RESTARTS, figures_of, restarts_of
+from megatron_steel.run_report.kinds import Row
 from megatron_steel.run_report.plots import short
-from megatron_steel.run_report.read import Row, RunFiles, read
+from megatron_steel.run_report.read import RunFiles, read
 
 _SPENT = (
     ("training", "#2b8a3e"), ("validation", "#1c7ed6"), ("samples", "#22b8cf"), ("save", "#f59f00"),
@@ -65,6 +66,7 @@ def page_of(run: RunFiles, price: float | None = None) -> str:
         _section("Texts", _texts(run.samples)),
         _section("Audit", _audit(run.audit)),
         _section("Checkpoints", _checkpoints(run)),
+        _section("Damaged", "".join(f"<p>{_e(problem)}</p>" for problem in run.damaged)),
         _section("Environment", _environment(run.environment)),
         _section(
             "Recipe", f"<details><summary>recipe.yaml as resolved</summary><pre>{_e(run.recipe_text)}</pre></details>"
@@ -112,12 +114,15 @@ def _cards(run: RunFiles, starts: list[account.Start], price: float | None) -> s
 
 
 def _figures(run: RunFiles, starts: list[account.Start], future: bool) -> str:
-    figures = figures_of(run, starts, future)
+    restarts = restarts_of(run, starts)
+    figures = figures_of(run, restarts, future)
     if not figures:
         return '<p class="dim">Nothing has been logged yet.</p>'
     drawn = "".join(f"<figure><h3>{_e(title)}</h3>{svg}</figure>" for title, svg in figures)
-    no_validation = "" if run.validation else '<p class="dim">No held-out data has been evaluated.</p>'
-    return f'<div class="plots">{drawn}</div>{no_validation}'
+    notes = "" if run.validation else '<p class="dim">No held-out data has been evaluated.</p>'
+    if len(restarts) > MOST_RESTARTS:
+        notes += f'<p class="dim">Dotted lines show some of the {len(restarts):,} places where it started again.</p>'
+    return f'<div class="plots">{drawn}</div>{notes}'
 
 
 def _time(run: RunFiles, starts: list[account.Start], price: float | None) -> str:
@@ -192,10 +197,9 @@ def _audit(report: Row | None) -> str:
 
 def _checkpoints(run: RunFiles) -> str:
     rows = [(c["name"], f"{c['tokens']:,}", c.get("world_size", ""), _size(c["bytes"])) for c in run.checkpoints]
-    damaged = "".join(f"<p>{_e(problem)}</p>" for problem in run.damaged)
     if not rows:
-        return '<p class="dim">None yet.</p>' + damaged
-    return _table(("checkpoint", "tokens", "ranks", "size"), rows, numbers={1, 2, 3}) + damaged
+        return '<p class="dim">None yet.</p>'
+    return _table(("checkpoint", "tokens", "ranks", "size"), rows, numbers={1, 2, 3})
 
 
 def _environment(environment: Row) -> str:

@@ -32,14 +32,28 @@ def report(monkeypatch):
     return report
 
 
-def test_what_cannot_be_checked_or_written_is_said_before_ten_minutes(report, monkeypatch, tmp_path, capsys):
-    import check_node
-
-    for words, said in ((["--gpus", "0"], "0 ranks"), (["--out", f"{tmp_path}/none/x.md"], "there is no folder")):
-        monkeypatch.setattr(sys, "argv", ["check_node.py", *words])
-        with pytest.raises(SystemExit):
-            check_node.main()
-        assert said in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "0"], "0 ranks"),
+        (["--gpus", "x"], "invalid int value: 'x'"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--out", "none/x.md"], "there is no folder for the report"),
+        (["--out", "folder"], "this is a folder"),
+        (["--out", ""], "this is a folder"),
+    ],
+)
+def test_what_cannot_be_checked_or_written_is_refused_before_ten_minutes(tmp_path, words, said):
+    (tmp_path / "folder").mkdir()
+    command = ["bash", str(ROOT / "launch" / "check_node.sh"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 78
+    first, where, remedy = done.stderr.splitlines()
+    assert "error: " in first
+    assert said in first
+    assert where.startswith("  where: ")
+    assert remedy.startswith("  do:    ")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_what_held_becomes_a_row_and_what_did_not_is_said(report):
