@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A command that cannot be read is bad configuration, as a recipe is: told in the same words, and 78, where argparse has 2."""
 
     def error(self, message: str) -> NoReturn:
@@ -52,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("megatron-steel", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("megatron-steel", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="VERB", help="its own arguments: VERB --help")
     lines = ["Pretrain small language models and ship them."]

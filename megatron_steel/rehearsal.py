@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 from megatron_steel import device as device_facts
 from megatron_steel import dist
 from megatron_steel.checkpoint.commit import published
-from megatron_steel.planner.disk import disk
+from megatron_steel.planner.disk import checkpoints_at_most, disk
 
 if TYPE_CHECKING:
-    from megatron_steel.recipe import Train
     from megatron_steel.train.loop import Job
 
 _STEPS = 2  # the first also connects, allocates and compiles; the second is the measure
@@ -105,16 +104,6 @@ def _disk(job: "Job", parameters: int) -> str:
         f"disk:      {each * most / 2**30:.2f} GiB for checkpoints of about {each / 2**30:.2f} GiB ({most:,} at a time), "
         f"{free / 2**30:.1f} GiB free"
     )
-
-
-def checkpoints_at_most(train: "Train", steps: int) -> int:
-    """Beside each other while the last one is written: it, those it follows, which go only once it is whole, and those
-    kept for ever that are older."""
-    saves = -(-steps // train.save_every_steps)
-    followed = min(saves, max(2, train.keep_last) + 1)
-    if train.keep_every_steps is None:
-        return followed
-    return followed + (saves - followed) * train.save_every_steps // train.keep_every_steps
 
 
 def _wait_for(job: "Job") -> None:

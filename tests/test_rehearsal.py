@@ -7,8 +7,9 @@ import pytest
 
 from megatron_steel import cli
 from megatron_steel.checkpoint import commit
+from megatron_steel.planner.disk import checkpoints_at_most
 from megatron_steel.recipe import Train
-from megatron_steel.rehearsal import checkpoints_at_most, duration
+from megatron_steel.rehearsal import duration
 
 
 def _tree(folder):

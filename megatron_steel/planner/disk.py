@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_steel.recipe import Recipe
+from megatron_steel.recipe import Recipe, Train
 
 _STATE_BYTES = 12  # a parameter: fp32 weight and two moments (12.0 measured over all ranks at ZeRO-3)
 _WEIGHT_BYTES = 2  # stages 0 to 2 also write the bf16 weights
@@ -24,11 +24,25 @@ class Disk:
 def disk(recipe: Recipe, parameters: int, vocab_size: int, stage: int, steps: int | None, tokens: int | None) -> Disk:
     """Sizes that follow from a recipe; document indexes (20 bytes a document) are not in them."""
     one = parameters * (_STATE_BYTES + (_WEIGHT_BYTES if stage < 3 else 0))
-    for_good = steps // recipe.train.keep_every_steps if steps and recipe.train.keep_every_steps else 0
-    at_once = max(2, recipe.train.keep_last) + for_good + 1
-    if steps:
-        at_once = min(at_once, -(-steps // recipe.train.save_every_steps))
-    return Disk(one, at_once * one, 2 * parameters, None if tokens is None else tokens * token_bytes(vocab_size))
+    return Disk(
+        one,
+        checkpoints_at_most(recipe.train, steps) * one,
+        2 * parameters,
+        None if tokens is None else tokens * token_bytes(vocab_size),
+    )
+
+
+def checkpoints_at_most(train: Train, steps: int | None) -> int:
+    """Beside each other while the last one is written: it, those it follows, which go only once it is whole, and those
+    kept for ever that are older. Where the length is not known, the last ones alone."""
+    followed = max(2, train.keep_last) + 1
+    if steps is None:
+        return followed
+    saves = -(-steps // train.save_every_steps)
+    followed = min(saves, followed)
+    if train.keep_every_steps is None:
+        return followed
+    return followed + (saves - followed) * train.save_every_steps // train.keep_every_steps
 
 
 def token_bytes(vocab_size: int) -> int:

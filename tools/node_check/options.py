@@ -4,13 +4,13 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_steel.cli import _Parser
+from megatron_steel.cli import Parser
 from megatron_steel.errors import SteelError
 
 
 def read() -> argparse.Namespace:
     """A command that cannot be read ends the process, as `megatron-steel` does: three lines and 78."""
-    parser = _Parser("check_node.sh", description="What this machine does, in ten minutes.")
+    parser = Parser("check_node.sh", description="What this machine does, in ten minutes.")
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: one per GPU, two without one)")
     parser.add_argument("--out", default="check_node.md", metavar="FILE.md")
     return parser.parse_args()
