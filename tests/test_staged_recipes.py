@@ -135,9 +135,8 @@ def test_shipped_stages(name, tmp_path):
 
 
 def test_a_plan_adds_up_its_stages():
-    recipe = load_recipe(
-        "olmo2-1b", ["stages.stage2.data.sequence_length=16384", "stages.stage2.train.global_batch_size=128"]
-    )
+    longer = ["stages.stage2.data.sequence_length=16384", "stages.stage2.train.global_batch_size=128"]
+    recipe = load_recipe("olmo2-1b", [*longer, "model.config.max_position_embeddings=16384"])
     found = plan(recipe, "olmo2-1b", parse_cluster("8xA100-80G"))
     one, two = found["stages"]
     best = found["settings"][0]
