@@ -34,7 +34,7 @@ from megatron_steel.errors import SteelError
 from megatron_steel.planner import sample
 
 _ENOUGH = 1_000_000  # bytes: below, a stage takes few ticks of the clock that counts CPU seconds
-_REPEATS = 10  # at most; the median counts
+_REPEATS = 100  # at most; the median counts
 _ANY = 1.0  # share of malformed rows: too many of them are for the real stage to refuse
 _LONG_ENOUGH = 1.0  # CPU seconds: what took less in all is run again
 
