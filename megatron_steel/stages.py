@@ -53,7 +53,7 @@ def parts_of(recipe: Recipe) -> list[Part]:
     parts: list[Part] = []
     at = tokens = 0
     for number, (stage, one, n) in enumerate(zip(recipe.stages, merged, steps, strict=True), start=1):
-        own = _tokens(one, n)
+        own = tokens_of_steps(one, n)
         ends = dataclasses.replace(one, train=dataclasses.replace(one.train, steps=at + n, tokens=None))
         parts.append(Part(ends, number, stage.name, at, tokens, n, own))
         at, tokens = at + n, tokens + own
@@ -129,7 +129,9 @@ def _steps(recipe: Recipe, merged: list[Recipe]) -> list[int]:
     if train.steps is not None:
         left = train.steps - sum(steps for _, steps in others)
     else:
-        left = _steps_of_tokens(merged[rest], (train.tokens or 0) - sum(_tokens(one, steps) for one, steps in others))
+        left = steps_of_tokens(
+            merged[rest], (train.tokens or 0) - sum(tokens_of_steps(one, steps) for one, steps in others)
+        )
     if left < 1:
         total = f"train.steps={train.steps}" if train.steps is not None else f"train.tokens={train.tokens}"
         what = f"the other stages leave nothing of {total} for {recipe.stages[rest].name!r}"
@@ -144,16 +146,16 @@ def _given(recipe: Recipe, stage: Stage, merged: Recipe) -> int | None:
         if recipe.train.steps is not None:
             return max(1, round(stage.ratio * recipe.train.steps))
         tokens = math.ceil(stage.ratio * (recipe.train.tokens or 0))
-    return stage.steps if tokens is None else _steps_of_tokens(merged, tokens)
+    return stage.steps if tokens is None else steps_of_tokens(merged, tokens)
 
 
-def _steps_of_tokens(recipe: Recipe, tokens: int) -> int:
-    """Steps from a stage's first on that reach so many tokens; the last one may go beyond."""
+def steps_of_tokens(recipe: Recipe, tokens: int) -> int:
+    """Steps from the first of a run, or of a stage, that reach so many tokens; the last one may go beyond."""
     whole, rest = steps_of(batch_ramp(recipe), 0, max(0, math.ceil(tokens / recipe.data.sequence_length)))
     return whole + (rest > 0)
 
 
-def _tokens(recipe: Recipe, steps: int) -> int:
+def tokens_of_steps(recipe: Recipe, steps: int) -> int:
     return samples_of(batch_ramp(recipe), 0, steps) * recipe.data.sequence_length
 
 

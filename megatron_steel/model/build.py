@@ -107,11 +107,19 @@ def construct(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         if own is not None:
             return own.model._from_config(config, dtype=dtype)
         return auto.from_config(config, dtype=dtype, trust_remote_code=foreign)
-    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AssertionError, RuntimeError) as error:
-        named = [name for name in config.to_dict() if name in str(error)]
-        where = f"model.config.{max(named, key=len)}" if named else "model.config"
-        what = f"{type(config).__name__}'s model cannot be built from these values: {type(error).__name__}: {error}"
-        raise SteelError(what, where, "mend the value") from error
+    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AssertionError) as error:
+        raise _bad_values(config, error) from error
+    except RuntimeError as error:
+        if torch.get_default_device().type != "meta":
+            raise  # of the machine, out of memory say; on the meta device it is the values
+        raise _bad_values(config, error) from error
+
+
+def _bad_values(config: PretrainedConfig, error: Exception) -> SteelError:
+    named = [name for name in config.to_dict() if name in str(error)]
+    where = f"model.config.{max(named, key=len)}" if named else "model.config"
+    what = f"{type(config).__name__}'s model cannot be built from these values: {type(error).__name__}: {error}"
+    return SteelError(what, where, "mend the value")
 
 
 def fetched_whole(model: nn.Module) -> list[nn.Module]:

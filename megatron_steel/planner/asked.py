@@ -3,7 +3,6 @@
 Needs no data: what only data can tell (train.epochs) stays unknown.
 """
 
-import math
 from dataclasses import replace
 
 from megatron_steel.errors import SteelError
@@ -11,9 +10,9 @@ from megatron_steel.planner import fits, settings
 from megatron_steel.planner.hardware import Cluster
 from megatron_steel.planner.settings import Candidate
 from megatron_steel.planner.work import work_of
-from megatron_steel.preflight import batch_ramp, require_positions
+from megatron_steel.preflight import require_positions
 from megatron_steel.recipe import Recipe
-from megatron_steel.stages import parts_of
+from megatron_steel.stages import parts_of, steps_of_tokens, tokens_of_steps
 
 
 def model_of(recipe: Recipe) -> fits.Model:
@@ -28,16 +27,13 @@ def model_of(recipe: Recipe) -> fits.Model:
 
 def length(recipe: Recipe) -> tuple[int | None, int | None]:
     """(tokens, steps) of the whole run; (None, None) where only the data can tell (train.epochs)."""
-    from megatron_steel.data.ramp import samples_of, steps_of
-
     if recipe.stages:
         parts = parts_of(recipe)
         return sum(part.tokens for part in parts), sum(part.steps for part in parts)
-    steps, ramp = recipe.train.steps, batch_ramp(recipe)
+    steps = recipe.train.steps
     if steps is None and recipe.train.tokens is not None:
-        whole, rest = steps_of(ramp, 0, math.ceil(recipe.train.tokens / recipe.data.sequence_length))
-        steps = whole + (rest > 0)
-    return (None, None) if steps is None else (samples_of(ramp, 0, steps) * recipe.data.sequence_length, steps)
+        steps = steps_of_tokens(recipe, recipe.train.tokens)
+    return (None, None) if steps is None else (tokens_of_steps(recipe, steps), steps)
 
 
 def require_even(recipe: Recipe, cluster: Cluster) -> None:

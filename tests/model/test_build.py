@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from megatron_steel.errors import SteelError
-from megatron_steel.model.build import build_config, build_model
+from megatron_steel.model.build import build_config, build_model, construct
 from megatron_steel.recipe import Model
 
 STEEL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -181,3 +181,12 @@ def test_a_rotary_field_that_the_class_would_not_use_is_refused(field):
         build_config(Model(type="llama", config={**LLAMA, "rope_theta": 5000.0})).rope_parameters["rope_theta"]
         == 5000.0
     )
+
+
+def test_what_fails_on_a_real_device_is_not_blamed_on_the_values():
+    """Out of memory, too, is a RuntimeError of torch; on the meta device there is nothing but the values."""
+    config = build_config(Model("llama", LLAMA | {"vocab_size": -5}))
+    with pytest.raises(SteelError, match="cannot be built from these values"), torch.device("meta"):
+        construct(config, torch.float32)
+    with pytest.raises(RuntimeError, match="negative dimension"):
+        construct(config, torch.float32)
